@@ -1,0 +1,1858 @@
+#!/usr/bin/env python
+# Copyright 2026 The distill-sd authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Distil a Stable Diffusion pipeline into a smaller one (BK-SDM, https://arxiv.org/abs/2305.15798).
+
+Blocks are pruned out of the teacher's U-Net, the rest keeps the teacher's weights, and the student is trained on
+
+    loss = task_loss + output_weight * output_loss + feature_weight * feature_loss
+
+    task_loss     MSE(student's prediction, the noise or velocity that was really there)
+    output_loss   MSE(student's prediction, teacher's prediction)
+    feature_loss  sum over block pairs of MSE(student's block output, teacher's block output)
+
+The real recipe:
+
+    accelerate launch --mixed_precision bf16 distill_training.py --distill_level sd_small \
+        --pretrained_model_name_or_path SG161222/Realistic_Vision_V4.0 --train_data_dir laion-art --output_dir small-sd
+
+On a CPU, in minutes:
+
+    python distill_training.py --distill_level sd_tiny --pretrained_model_name_or_path tests/tiny-sd \
+        --train_data_dir tests/shapes/train --resolution 64 --max_train_steps 100 --output_dir tiny-shapes
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import random
+import re
+import resource
+import secrets
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from datasets.distributed import split_dataset_by_node
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import InterpolationMode, v2
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class UserError(ValueError):
+    """A mistake in the flags, the models or the data: shown as one sentence, exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on (a loss is no longer finite): shown as one sentence, exit code 1."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Student architectures. One table holds all that differs between the levels. The student's config is derived from
+# the teacher's and its weights are copied by name, so saving, loading, EMA and resuming need no special case.
+
+
+@dataclass(frozen=True)
+class DistillLevel:
+    """One row of the table. Every level also loses one residual/attention pair in each block."""
+
+    paper_name: str
+    keeps_mid_block: bool
+    removed_levels: int  # innermost resolutions taken out: the last down block and the first up block
+    feature_pairs: tuple[tuple[str, str], ...]  # (teacher's block, student's block), outputs of the same shape
+
+
+DOWN_BLOCKS = tuple(f"down_blocks.{i}" for i in range(4))
+UP_BLOCKS = tuple(f"up_blocks.{i}" for i in range(4))
+
+DISTILL_LEVELS: dict[str, DistillLevel] = {
+    "sd_small": DistillLevel(
+        paper_name="BK-SDM-Base",
+        keeps_mid_block=True,
+        removed_levels=0,
+        feature_pairs=tuple((name, name) for name in (*DOWN_BLOCKS, "mid_block", *UP_BLOCKS)),
+    ),
+    "bk_small": DistillLevel(
+        paper_name="BK-SDM-Small",
+        keeps_mid_block=False,
+        removed_levels=0,
+        feature_pairs=tuple((name, name) for name in (*DOWN_BLOCKS, *UP_BLOCKS)),
+    ),
+    "sd_tiny": DistillLevel(
+        paper_name="BK-SDM-Tiny",
+        keeps_mid_block=False,
+        removed_levels=1,
+        # The student's last down block stands where the teacher's first up block hands over to the second.
+        feature_pairs=tuple(zip((*DOWN_BLOCKS[:2], *UP_BLOCKS), (*DOWN_BLOCKS[:3], *UP_BLOCKS[:3]), strict=True)),
+    ),
+}
+
+# Entries of a U-Net config that may hold one value per resolution, outermost first.
+PER_LEVEL_KEYS = (
+    "block_out_channels",
+    "down_block_types",
+    "attention_head_dim",
+    "num_attention_heads",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "transformer_layers_per_block",
+)
+
+
+def _complete_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    # Published configs leave keys out. `from_pretrained` notes those in the hidden `_use_default_values`, and
+    # `from_config` then ignores what one sets for them, so hidden keys go and every default is spelled out.
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def check_prunable(teacher_config: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the config is that of a whole Stable Diffusion 1.x or 2.x U-Net."""
+    config = _complete_unet_config(teacher_config)
+    if config["addition_embed_type"] or config["class_embed_type"] or config["encoder_hid_dim_type"]:
+        raise UserError(
+            "The teacher's U-Net takes more than a timestep and a caption (Stable Diffusion XL and its kin do); "
+            "only Stable Diffusion 1.x and 2.x can be distilled."
+        )
+    layers = config["layers_per_block"]
+    if any(count != 2 for count in (layers if isinstance(layers, (list, tuple)) else [layers])):
+        raise UserError(
+            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned, "
+            "so name it with --student_model_name_or_path and its own teacher with --pretrained_model_name_or_path."
+        )
+    expected = {
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }
+    for key, value in expected.items():
+        found = list(config[key]) if isinstance(config[key], (list, tuple)) else config[key]
+        if found != value:
+            raise UserError(
+                f"The teacher's U-Net has {key}={found}; a Stable Diffusion 1.x or 2.x teacher has {value}."
+            )
+
+
+def student_unet_config(teacher_config: Mapping[str, Any], level: str) -> dict[str, Any]:
+    """Config of the pruned U-Net, from the teacher's own (BK-SDM, section 3.1).
+
+    Keys that the teacher's config leaves out are filled with the library's defaults. Raises `UserError` where the
+    teacher is not a whole Stable Diffusion 1.x or 2.x U-Net.
+    """
+    check_prunable(teacher_config)
+    row = DISTILL_LEVELS[level]
+    config = _complete_unet_config(teacher_config)
+    kept_levels = len(config["block_out_channels"]) - row.removed_levels
+    for key in PER_LEVEL_KEYS:
+        if isinstance(config[key], (list, tuple)):
+            config[key] = config[key][:kept_levels]
+    for key in ("up_block_types", "reverse_transformer_layers_per_block"):  # these start at the innermost level
+        if config[key] is not None:
+            config[key] = config[key][row.removed_levels :]
+    config["layers_per_block"] = 1
+    if not row.keeps_mid_block:
+        config["mid_block_type"] = None
+    return config
+
+
+def teacher_key(student_key: str, level: str) -> str:
+    """Name in the teacher's state dict of what the student's `student_key` is copied from.
+
+    Of an up block's three layers the first and the last stay, and up blocks count from the innermost level.
+    """
+    match = re.fullmatch(r"up_blocks\.(\d+)\.(.*)", student_key)
+    if match is None:
+        return student_key
+    block, rest = int(match[1]), match[2]
+    rest = re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", rest)
+    return f"up_blocks.{block + DISTILL_LEVELS[level].removed_levels}.{rest}"
+
+
+def build_student(teacher: UNet2DConditionModel, level: str) -> UNet2DConditionModel:
+    """The pruned U-Net in float32, each of its tensors bit-equal to the teacher's that it comes from.
+
+    Raises `UserError` where the teacher cannot be pruned at this level.
+    """
+    student = UNet2DConditionModel.from_config(student_unet_config(teacher.config, level))
+    weights = teacher.state_dict()
+    student.load_state_dict({key: weights[teacher_key(key, level)] for key in student.state_dict()}, strict=True)
+    return student
+
+
+def check_student(student: UNet2DConditionModel, teacher_config: Mapping[str, Any], level: str) -> None:
+    """Raise `UserError` unless `student` has the architecture that pruning this teacher at this level gives."""
+    with torch.device("meta"):
+        expected = UNet2DConditionModel.from_config(student_unet_config(teacher_config, level))
+    wanted = {key: tuple(value.shape) for key, value in expected.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in student.state_dict().items()}
+    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"--student_model_name_or_path holds no {level} student of this teacher: {len(differing)} tensors "
+            f"differ, the first being {key} ({found.get(key, 'absent')} instead of {wanted.get(key, 'absent')})."
+        )
+    heads = [[list(np.ravel(net.config[key])) for net in (student, expected)] for key in ("attention_head_dim",)]
+    levels = len(expected.config.block_out_channels)
+    if any(np.any(np.broadcast_to(mine, levels) != np.broadcast_to(theirs, levels)) for mine, theirs in heads):
+        raise UserError(
+            f"--student_model_name_or_path has attention_head_dim={student.config.attention_head_dim}; "
+            f"a {level} student of this teacher has {expected.config.attention_head_dim}."
+        )
+
+
+def feature_pairs(level: str) -> list[tuple[str, str]]:
+    """(teacher's module path, student's module path) of every block pair that the feature loss compares."""
+    return list(DISTILL_LEVELS[level].feature_pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Distillation loss (BK-SDM, equations 1 to 3): task, output and feature terms, all of them in float32.
+
+
+class FeatureTap:
+    """Keeps what the named blocks of `model` last put out, by forward hooks.
+
+    Register before the first call of a compiled model: hooks that come later are silently ignored by it. While
+    `enabled` is false the hooks let everything pass, so that pictures can be made in between.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self.enabled = True
+        self._features: list[Tensor | None] = [None] * len(self.names)  # filled from the start: one compiled graph
+        self._handles = [
+            model.get_submodule(name).register_forward_hook(self._make_hook(slot))
+            for slot, name in enumerate(self.names)
+        ]
+
+    def _make_hook(self, slot: int) -> Callable[..., None]:
+        def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+            if self.enabled:  # down blocks also return their skip connections, after the hidden states
+                self._features[slot] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def pop(self) -> list[Tensor]:
+        """The captured tensors in the order of `names`; they are forgotten here, which frees their memory.
+
+        Raises `RuntimeError` where a block has put out nothing since the last call.
+        """
+        missing = [name for name, feature in zip(self.names, self._features, strict=True) if feature is None]
+        if missing:
+            raise RuntimeError(f"No output was captured from {', '.join(missing)}: did the model run?")
+        features = list(self._features)
+        self._features[:] = [None] * len(self.names)
+        return features
+
+    def close(self) -> None:
+        """Remove the hooks and drop what they hold."""
+        for handle in self._handles:
+            handle.remove()
+        self._features[:] = [None] * len(self.names)
+
+
+def prediction_target(noise_scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the U-Net has to predict, shaped as `latents` (B, C, H, W).
+
+    The noise itself for `epsilon`, alpha_t * noise - sigma_t * latents for `v_prediction` (Salimans and Ho 2022,
+    https://arxiv.org/abs/2202.00512, appendix D). Raises `UserError` for any other `prediction_type`.
+    """
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    raise UserError(f"The scheduler's prediction_type is {prediction_type!r}; epsilon and v_prediction are known.")
+
+
+def distillation_loss(
+    student_pred: Tensor,
+    teacher_pred: Tensor | None,
+    target: Tensor,
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    *,
+    output_weight: float,
+    feature_weight: float,
+) -> dict[str, Tensor]:
+    """Weighted sum and unweighted terms of the loss (BK-SDM, equations 1 to 3), in float32 whatever comes in.
+
+    Predictions and target are (B, C, H, W); features are two equally long lists, pair by pair of one shape.
+    `teacher_pred` may be None (no teacher): the output term is then 0, as the feature term is without features.
+    Returns scalars `loss`, `task_loss`, `output_loss`, `feature_loss`, and `feature_losses` (pairs,), which
+    `feature_loss` is the sum of. Raises `ValueError` where a pair differs in shape or one list is longer.
+    """
+    student_pred = student_pred.float()
+    task_loss = F.mse_loss(student_pred, target.float())
+    output_loss = (
+        torch.zeros_like(task_loss) if teacher_pred is None else F.mse_loss(student_pred, teacher_pred.float())
+    )
+    pair_losses = []
+    for student_feature, teacher_feature in zip(student_features, teacher_features, strict=True):
+        if student_feature.shape != teacher_feature.shape:  # mse_loss would broadcast, with a mere warning
+            raise ValueError(f"Feature shapes differ: {tuple(student_feature.shape)}, {tuple(teacher_feature.shape)}.")
+        # Half precision overflows here: a difference of 300 squares to more than float16 can hold.
+        pair_losses.append(F.mse_loss(student_feature.float(), teacher_feature.float()))
+    feature_losses = torch.stack(pair_losses) if pair_losses else task_loss.new_zeros(0)
+    feature_loss = feature_losses.sum()
+    return {
+        "loss": task_loss + output_weight * output_loss + feature_weight * feature_loss,
+        "task_loss": task_loss,
+        "output_loss": output_loss,
+        "feature_loss": feature_loss,
+        "feature_losses": feature_losses,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data. Whatever is random about a sample follows from (seed, epoch, sample) and the order from (seed, epoch), not
+# from what was drawn before, so the place in the data is one number and a resumed run sees what it would have seen.
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+BROKEN_IMAGE, EMPTY_CAPTION, ENLARGED = range(3)  # what is counted about samples, see `collate_fn`
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed of 63 bits that follows from `parts` alone."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Bytes of a picture file to RGB as it is meant to be seen. Raises what Pillow raises on a broken file.
+
+    EXIF orientation is applied, transparency goes on white, 16 bits are scaled to 8, animations give their first
+    frame.
+    """
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255, which paints 16-bit pictures white
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 65535 * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_transforms(
+    resolution: int, center_crop: bool, random_flip: bool, interpolation: str = "lanczos"
+) -> Callable[[Image.Image], Tensor]:
+    """Picture to a float32 tensor (3, resolution, resolution) in [-1, 1]; draws from torch's global generator.
+
+    The shorter side is resized to `resolution` pixels, then the picture is cropped, at random or in the centre.
+    """
+    return v2.Compose(
+        [
+            v2.Resize(resolution, interpolation=InterpolationMode(interpolation)),
+            v2.CenterCrop(resolution) if center_crop else v2.RandomCrop(resolution),
+            v2.RandomHorizontalFlip() if random_flip else v2.Identity(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5], [0.5]),
+        ]
+    )
+
+
+def tokenize_captions(captions: Sequence[str | Sequence[str]], tokenizer: CLIPTokenizer, rng: random.Random) -> Tensor:
+    """Token ids (captions, model_max_length), int64. Of a caption that is a list, `rng` picks one.
+
+    Raises `ValueError` for a caption that is neither a string nor a list of strings.
+    """
+    texts = []
+    for caption in captions:
+        text = caption if isinstance(caption, str) else rng.choice(list(caption) or [""])
+        if not isinstance(text, str):
+            raise ValueError(f"A caption must be a string or a list of strings, got {caption!r}.")
+        texts.append(text)
+    return tokenizer(
+        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+class TarShards(Sequence):
+    """WebDataset shards read in place: pictures and captions of `*.tar` by their offsets, 29 bytes of memory each.
+
+    `shards[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row. With a
+    `manifest.json` (as data.py writes it) the offsets are computed from it and checked against each tar's size;
+    else every tar is walked once. Raises `UserError` for an empty, cut or missing tar.
+    """
+
+    def __init__(self, folder: Path, caption_column: str) -> None:
+        self.caption_column = caption_column
+        manifest = folder / "manifest.json"
+        if manifest.is_file():
+            shards = json.loads(manifest.read_text())["shards"]
+            self.paths = [folder / shard["name"] for shard in shards]
+            tables = [self._from_manifest(path, shard) for path, shard in zip(self.paths, shards, strict=True)]
+        else:
+            self.paths = sorted(folder.glob("*.tar"))
+            progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
+            tables = [self._from_tar(path) for path in progress]
+        self.shard_of = np.repeat(np.arange(len(tables), dtype=np.uint32), [len(table) for table in tables])
+        table = np.concatenate(tables) if tables else np.zeros((0, 5), np.int64)
+        self.offsets = table[:, [0, 2]]
+        self.sizes = table[:, [1, 3]].astype(np.uint32)
+        self.caption_is_json = table[:, 4].astype(bool)
+
+    @staticmethod
+    def _from_manifest(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
+        # Members alternate image, caption; each is a header of 512 bytes and data padded to 512.
+        sizes = np.stack([shard["image_bytes"], shard["caption_bytes"]], axis=1).astype(np.int64).reshape(-1)
+        ends = np.cumsum(512 + (sizes + 511) // 512 * 512)
+        starts = ends - (sizes + 511) // 512 * 512
+        found = path.stat().st_size if path.is_file() else None
+        if found != shard["bytes"] or (len(ends) and ends[-1] > found):
+            raise UserError(f"{path} has {found} bytes where manifest.json says {shard['bytes']}: fetch it again.")
+        pairs = np.stack([starts, sizes], axis=1).reshape(-1, 4)
+        return np.concatenate([pairs, np.zeros((len(pairs), 1), np.int64)], axis=1)
+
+    def _from_tar(self, path: Path) -> np.ndarray:
+        rows: list[tuple[int, int, int, int, int]] = []
+        key, members = None, {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    tar.members = []  # tarfile would keep a kilobyte for every member
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    if (folder, stem) != key:
+                        rows += self._sample(members)
+                        key, members = (folder, stem), {}
+                    members[f".{suffix.lower()}"] = (member.offset_data, member.size)
+                rows += self._sample(members)
+                tar.fileobj.seek(tar.offset)
+                whole = tar.fileobj.read(512) == bytes(512)  # an archive ends in blocks of zeros
+        except (tarfile.ReadError, EOFError) as error:
+            raise UserError(f"{path} is empty or cut short ({error}): fetch it again or remove it.") from None
+        if not whole:
+            raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
+        return np.array(rows, np.int64).reshape(-1, 5)
+
+    @staticmethod
+    def _sample(members: Mapping[str, tuple[int, int]]) -> list[tuple[int, int, int, int, int]]:
+        images = [place for suffix, place in members.items() if suffix in IMAGE_SUFFIXES]
+        captions = [(*members[suffix], suffix == ".json") for suffix in (".txt", ".json") if suffix in members]
+        return [(*images[0], *captions[0])] if images and captions else []
+
+    def __len__(self) -> int:
+        return len(self.shard_of)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
+        with open(self.paths[self.shard_of[index]], "rb", buffering=0) as shard:
+            image, caption = (
+                self._read(shard, *place) for place in zip(self.offsets[index], self.sizes[index], strict=True)
+            )
+        text: Any = caption.decode("utf-8", errors="replace")
+        if self.caption_is_json[index]:
+            record = json.loads(text)
+            text = record.get(self.caption_column, record.get("caption"))
+        return {"image": {"bytes": image}, "text": text}
+
+    def select(self, indices: Sequence[int]) -> "TarShards":
+        """Keep these samples only, in this order."""
+        for name in ("shard_of", "offsets", "sizes", "caption_is_json"):
+            setattr(self, name, getattr(self, name)[indices])
+        return self
+
+    @staticmethod
+    def _read(shard: io.FileIO, offset: int, size: int) -> bytes:
+        shard.seek(int(offset))
+        return shard.read(int(size))
+
+
+def prepare_example(
+    example: Mapping[str, Any],
+    columns: tuple[str, str],
+    transform: Callable[[Image.Image], Tensor],
+    tokenizer: CLIPTokenizer,
+    proportion_empty_prompts: float,
+    seed: int,
+) -> dict[str, Any] | int:
+    """One training example from an undecoded row, or BROKEN_IMAGE or EMPTY_CAPTION where it cannot be had.
+
+    `columns` names image and caption. The caption, its dropout, the crop and the flip follow from `seed` alone.
+    """
+    rng = random.Random(seed)
+    try:
+        source = example[columns[0]]
+        data = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
+        image = decode_image(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pixel_values = transform(image)
+    except Exception:  # Pillow's plugins raise nearly anything on a broken file
+        return BROKEN_IMAGE
+    captions = example[columns[1]]
+    captions = [captions] if isinstance(captions, str) else captions
+    captions = [text for text in captions or [] if isinstance(text, str) and text.strip()]
+    if not captions:
+        return EMPTY_CAPTION
+    if rng.random() < proportion_empty_prompts:
+        captions = [""]
+    counts = torch.zeros(3, dtype=torch.int64)
+    counts[ENLARGED] = min(image.size) < pixel_values.shape[-1]
+    input_ids = tokenize_captions([captions], tokenizer, rng)[0]
+    return {"pixel_values": pixel_values, "input_ids": input_ids, "counts": counts}
+
+
+class DistillationDataset(Dataset):
+    """Map-style training data. `dataset[i]` is row i in file order, `dataset[(epoch, i)]` the same as of `epoch`.
+
+    An example holds `pixel_values` (3, H, W) in [-1, 1], `input_ids` (tokens,) and `counts` (see `collate_fn`). A row
+    that is broken is replaced by the next good one in an order that follows from (seed, epoch, row); `UserError` is
+    raised only where all are broken.
+    """
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], seed: int, **preparation: Any
+    ) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.seed = seed
+        self.preparation = preparation  # transform, tokenizer, proportion_empty_prompts
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)  # also what ends a plain `for example in dataset`
+        counts = torch.zeros(3, dtype=torch.int64)
+        for candidate in self._candidates(epoch, index):
+            seed = derived_seed(self.seed, "sample", epoch, candidate)
+            example = prepare_example(self.rows[candidate], self.columns, seed=seed, **self.preparation)
+            if not isinstance(example, int):
+                example["counts"] += counts
+                return example
+            counts[example] += 1
+        raise UserError(f"None of the {len(self)} training samples can be used: {describe_counts(counts)}.")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        rng = random.Random(derived_seed(self.seed, "replacement", epoch, index))
+        size = len(self)
+        stride = rng.randrange(1, size) if size > 1 else 1
+        while math.gcd(stride, size) != 1:  # a stride without common divisor comes past every row
+            stride = rng.randrange(1, size)
+        yield from ((index + stride * step) % size for step in range(1, size))
+
+
+class StreamingDataset(IterableDataset):
+    """Training data read from the hub as it goes, without end: epoch follows epoch.
+
+    The place of a row in the stream is its number. A broken row's place is taken by the next good one, so that
+    `skip` counts rows and needs to decode none of them. Every process reads its own part of the stream, and every
+    worker its own part of that.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, columns: tuple[str, str], seed: int, rank: int, **preparation: Any
+    ) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.seed = seed
+        self.rank = rank
+        self.skip = 0  # rows that every worker reads past
+        self.preparation = preparation
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        worker_id = worker.id if worker else 0
+        to_skip, epoch = self.skip, 0
+        counts = torch.zeros(3, dtype=torch.int64)
+        vacant = 0  # places of broken rows, waiting for the next good one
+        while True:
+            self.rows.set_epoch(epoch)
+            position = -1
+            for position, row in enumerate(self.rows):
+                if to_skip > 0:
+                    to_skip -= 1
+                    continue
+                seed = derived_seed(self.seed, "sample", epoch, position, self.rank, worker_id)
+                example = prepare_example(row, self.columns, seed=seed, **self.preparation)
+                if isinstance(example, int):
+                    counts[example] += 1
+                    vacant += 1
+                    continue
+                yield {**example, "counts": example["counts"] + counts}
+                counts.zero_()
+                for _ in range(vacant):
+                    yield example
+                vacant = 0
+            if vacant > position:
+                raise UserError(f"No sample of the stream can be used: {describe_counts(counts)}.")
+            epoch += 1
+
+
+class SeededBatches(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (epoch, row) for one process, starting at any micro-batch without reading what precedes it.
+
+    Epochs are permutations that follow from (seed, epoch), laid end to end, so that every batch is full. Micro-batch
+    m of process r holds places (m * processes + r) * batch_size and on of that order.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int, processes: int, first: int = 0) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.processes, self.first = rank, processes, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, Tensor] = {}
+        for micro_batch in itertools.count(self.first):
+            start = (micro_batch * self.processes + self.rank) * self.batch_size
+            batch = []
+            for place in range(start, start + self.batch_size):
+                epoch, offset = divmod(place, self.size)
+                if epoch not in orders:
+                    orders = {key: order for key, order in orders.items() if key == epoch - 1}
+                    generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+                    orders[epoch] = torch.randperm(self.size, generator=generator)
+                batch.append((epoch, int(orders[epoch][offset])))
+            yield batch
+
+
+def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch: `pixel_values` (B, 3, H, W) float32, `input_ids` (B, tokens), `counts` (3,) summed over the batch.
+
+    `counts` are rows replaced for a broken image, rows replaced for an empty caption, and images enlarged. They
+    travel with the batch so that they count what was trained on, whatever the workers have read ahead.
+    """
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]).contiguous(),
+        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "counts": torch.stack([example["counts"] for example in examples]).sum(0),
+    }
+
+
+def describe_counts(counts: Tensor) -> str:
+    return f"{counts[BROKEN_IMAGE]} with a broken image, {counts[EMPTY_CAPTION]} with an empty caption"
+
+
+def list_images(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def load_rows(args: argparse.Namespace) -> TarShards | datasets.Dataset | datasets.IterableDataset:
+    """The undecoded rows that the flags name. Raises `UserError` where they cannot be had."""
+    try:
+        if args.dataset_name is not None:
+            rows = datasets.load_dataset(
+                args.dataset_name,
+                args.dataset_config_name,
+                split="train",
+                cache_dir=args.cache_dir,
+                streaming=args.streaming,
+            )
+        elif any(Path(args.train_data_dir).glob("*.tar")) or (Path(args.train_data_dir) / "manifest.json").is_file():
+            return TarShards(Path(args.train_data_dir), args.caption_column)
+        else:
+            rows = datasets.load_dataset(
+                "imagefolder", data_dir=args.train_data_dir, split="train", cache_dir=args.cache_dir
+            )
+        if rows.features is None:  # a stream of a format without a schema: its first rows tell
+            rows = rows._resolve_features()
+    except UserError:
+        raise
+    except Exception as error:  # no network, no such dataset, no such split, files of mixed types, ...
+        source = (
+            f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+        )
+        hint = unless_local(args.train_data_dir or args.dataset_name)
+        raise UserError(f"{source} cannot be read{hint}: {first_line(error)}") from error
+    for flag in ("image_column", "caption_column"):
+        if getattr(args, flag) not in rows.column_names:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is not there; the columns are {', '.join(rows.column_names)}."
+            )
+    rows = rows.select_columns([args.image_column, args.caption_column])
+    caption_type = rows.features[args.caption_column]
+    texts = getattr(caption_type, "feature", caption_type)  # a list of strings, or a string
+    if getattr(texts, "dtype", None) not in ("string", "large_string"):
+        raise UserError(
+            f"--caption_column {args.caption_column} holds {caption_type}; text or lists of it are needed."
+        )
+    try:
+        return rows.cast_column(args.image_column, datasets.Image(decode=False))
+    except Exception as error:
+        raise UserError(
+            f"--image_column {args.image_column} holds {rows.features[args.image_column]}; images are needed."
+        ) from error
+
+
+def make_train_dataset(
+    args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
+) -> DistillationDataset | StreamingDataset:
+    """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
+    with accelerator.main_process_first():  # the others find the first one's cache
+        rows = load_rows(args)
+    columns = ("image", "text") if isinstance(rows, TarShards) else (args.image_column, args.caption_column)
+    preparation = {
+        "transform": image_transforms(
+            args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode
+        ),
+        "tokenizer": tokenizer,
+        "proportion_empty_prompts": args.proportion_empty_prompts,
+    }
+    if isinstance(rows, datasets.IterableDataset):
+        if args.max_train_samples is not None:
+            rows = rows.take(args.max_train_samples)
+        rows = split_dataset_by_node(rows, accelerator.process_index, accelerator.num_processes)
+        return StreamingDataset(rows, columns, args.seed, accelerator.process_index, **preparation)
+    if len(rows) == 0:
+        raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption.")
+    if args.max_train_samples is not None and args.max_train_samples < len(rows):
+        chosen = random.Random(args.seed).sample(range(len(rows)), args.max_train_samples)
+        rows = rows.select(chosen)
+    return DistillationDataset(rows, columns, args.seed, **preparation)
+
+
+def make_dataloader(
+    dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, accelerator: Accelerator, first: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless shuffled micro-batches of this process, from micro-batch number `first` (per process) on."""
+    workers, discard = args.dataloader_num_workers, 0
+    if isinstance(dataset, StreamingDataset):
+        workers = min(workers, dataset.rows.num_shards)  # a worker without a shard would wait for ever
+        dataset.rows = dataset.rows.shuffle(seed=args.seed)
+        rounds, discard = divmod(first, max(workers, 1))  # workers take turns, batch by batch
+        dataset.skip = rounds * args.train_batch_size
+        order: dict[str, Any] = {"batch_size": args.train_batch_size}
+    else:
+        order = {
+            "batch_sampler": SeededBatches(
+                len(dataset),
+                args.train_batch_size,
+                args.seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+                first,
+            )
+        }
+    loader = DataLoader(
+        dataset,
+        collate_fn=collate_fn,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        **order,
+    )
+    return itertools.islice(loader, discard, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models. Only the student is trained, prepared and checkpointed; all others are frozen and cast.
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_component(component: type, source: str, flag: str, args: argparse.Namespace, **kwargs: Any) -> Any:
+    """`component.from_pretrained(source)` in float32. Raises `UserError` naming `flag` where that fails.
+
+    The dtype is explicit since transformers otherwise keeps the file's; missing tensors are an error since diffusers
+    otherwise goes on with a warning.
+    """
+    is_teacher_source = source == args.pretrained_model_name_or_path
+    kwargs |= {"revision": args.revision, "variant": args.variant} if is_teacher_source else {}
+    if issubclass(component, nn.Module):
+        kwargs |= {"dtype": torch.float32, "output_loading_info": True}
+    else:
+        kwargs.pop("variant", None)
+    try:
+        loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
+    except Exception as error:  # absent, not reachable, cut short, of another class, ...
+        where = f"{source} ({kwargs['subfolder']})" if kwargs.get("subfolder") else source
+        raise UserError(f"--{flag} {where} cannot be loaded{unless_local(source)}: {first_line(error)}") from error
+    if not issubclass(component, nn.Module):
+        return loaded
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(
+            f"--{flag} {source}: {len(info['missing_keys'])} tensors are missing from its {component.__name__}."
+        )
+    return model
+
+
+def load_config(component: type, source: str, flag: str, args: argparse.Namespace, **kwargs: Any) -> dict[str, Any]:
+    """A component's config alone. Raises `UserError` naming `flag` where it cannot be had."""
+    revision = args.revision if source == args.pretrained_model_name_or_path else None
+    try:
+        return component.load_config(source, revision=revision, cache_dir=args.cache_dir, **kwargs)
+    except Exception as error:
+        raise UserError(f"--{flag} {source} cannot be loaded{unless_local(source)}: {first_line(error)}") from error
+
+
+def unless_local(source: str) -> str:
+    return "" if Path(source).exists() else " (it is no folder here, and the hub does not have it or is out of reach)"
+
+
+def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
+    """The teacher's U-Net config. Raises `UserError` where configs alone show that it cannot be distilled."""
+    source, flag = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+    pipeline_class = load_config(DiffusionPipeline, source, flag, args).get("_class_name")
+    if pipeline_class != StableDiffusionPipeline.__name__:
+        raise UserError(f"--{flag} {source} is a {pipeline_class}; a {StableDiffusionPipeline.__name__} is needed.")
+    unet_config = load_config(UNet2DConditionModel, source, flag, args, subfolder="unet")
+    vae_config = load_config(AutoencoderKL, source, flag, args, subfolder="vae")
+    check_prunable(unet_config)
+    in_channels, latent_channels = unet_config.get("in_channels", 4), vae_config.get("latent_channels", 4)
+    if in_channels != latent_channels:
+        raise UserError(
+            f"The teacher's U-Net takes {in_channels} channels where its VAE gives {latent_channels}: an inpainting "
+            "or depth model cannot be distilled by this script."
+        )
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if args.resolution % factor:
+        raise UserError(f"--resolution must be a multiple of {factor}, the VAE's factor, got {args.resolution}.")
+    return unet_config
+
+
+def freeze(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return model.requires_grad_(False).eval().to(device, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The training step.
+
+
+@dataclass
+class Distillation:
+    """All that a training step works with. `teacher_unet` and the taps are None where no loss term needs them."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    weight_dtype: torch.dtype
+    noise_scheduler: DDPMScheduler
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    teacher_unet: UNet2DConditionModel | None
+    unet: nn.Module  # the student, prepared
+    student_tap: FeatureTap | None
+    teacher_tap: FeatureTap | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    ema_unet: EMAModel | None
+
+    def metric_names(self) -> list[str]:
+        """Names of what `training_step` returns, in its order."""
+        pairs = feature_pairs(self.args.distill_level) if self.student_tap else []
+        return ["loss", "task_loss", "output_loss", "feature_loss"] + [f"feature_loss/{t}-{s}" for t, s in pairs]
+
+
+def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor | None]:
+    """Forward and backward of one micro-batch, and the optimiser's step where the accumulation is complete.
+
+    `batch` is `collate_fn`'s; `micro_batch` counts from the run's start, and with the seed and the rank it decides
+    all noise. Returns the unweighted terms (see `Distillation.metric_names`) and the gradient norm before clipping
+    (None between optimiser steps), both left on the device.
+    """
+    args, accelerator, noise_scheduler = run.args, run.accelerator, run.noise_scheduler
+    device = accelerator.device
+    seed = derived_seed(args.seed, "noise", micro_batch, accelerator.process_index)
+    generator = torch.Generator(device).manual_seed(seed)
+    with accelerator.accumulate(run.unet):
+        # 1. Latents, sampled from the posterior in float32.
+        with torch.no_grad():
+            pixel_values = batch["pixel_values"].to(device, dtype=run.weight_dtype, non_blocking=True)
+            moments = run.vae.encode(pixel_values).latent_dist.parameters.float()
+            latents = DiagonalGaussianDistribution(moments).sample(generator) * run.vae.config.scaling_factor
+        # 2. Noise and timesteps, in float32 too: in bf16 most of the 1,000 noise levels would fall together.
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        if args.noise_offset:
+            # https://www.crosslabs.org/blog/diffusion-with-offset-noise
+            noise += args.noise_offset * torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=device)
+        input_noise = noise
+        if args.input_perturbation:  # https://arxiv.org/abs/2301.11706, algorithm 1
+            input_noise = noise + args.input_perturbation * torch.randn(
+                noise.shape, generator=generator, device=device
+            )
+        steps = noise_scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, latents.shape[:1], generator=generator, device=device)
+        noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
+        target = prediction_target(noise_scheduler, latents, noise, timesteps)
+        # 3. Text.
+        with torch.no_grad():
+            encoder_hidden_states = run.text_encoder(batch["input_ids"].to(device, non_blocking=True))[0]
+        # 4. Student.
+        student_pred = run.unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+        # 5. Teacher.
+        teacher_pred = None
+        if run.teacher_unet is not None:
+            with torch.no_grad():  # not inference_mode: its tensors cannot be saved for the student's backward pass
+                teacher_pred = run.teacher_unet(
+                    noisy_latents.to(run.weight_dtype), timesteps, encoder_hidden_states, return_dict=False
+                )[0]
+        # 6. Loss.
+        losses = distillation_loss(
+            student_pred,
+            teacher_pred,
+            target,
+            run.student_tap.pop() if run.student_tap else [],
+            run.teacher_tap.pop() if run.teacher_tap else [],
+            output_weight=args.output_weight,
+            feature_weight=args.feature_weight,
+        )
+        # 7. Backward, and a step of the optimiser once every gradient_accumulation_steps.
+        accelerator.backward(losses["loss"])
+        grad_norm = None
+        if accelerator.sync_gradients:
+            grad_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
+        run.optimizer.step()
+        if accelerator.sync_gradients:
+            run.lr_scheduler.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if accelerator.sync_gradients and run.ema_unet is not None:
+            if args.offload_ema:
+                run.ema_unet.to(device, non_blocking=True)
+            run.ema_unet.step(run.unet.parameters())
+            if args.offload_ema:
+                run.ema_unet.to("cpu", non_blocking=False)
+    scalars = torch.stack([losses[name] for name in ("loss", "task_loss", "output_loss", "feature_loss")])
+    return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
+
+
+class MetricLog:
+    """Metrics of every optimiser step, kept on the device and fetched together, so that no step waits for them."""
+
+    def __init__(self, accelerator: Accelerator, names: Sequence[str]) -> None:
+        self.accelerator = accelerator
+        self.names = [*names, "grad_norm"]
+        self.last: dict[str, float] = {}
+        self.last_checkpoint: Path | None = None  # named should the run have to stop
+        self._pending: list[tuple[int, float, Tensor]] = []
+
+    def add(self, step: int, learning_rate: float, terms: Tensor, grad_norm: Tensor) -> None:
+        """Keep the terms (len(names) - 1,) of optimiser step `step`, averaged over its micro-batches already."""
+        grad_norm = torch.as_tensor(grad_norm, dtype=terms.dtype, device=terms.device)
+        self._pending.append((step, learning_rate, torch.cat([terms, grad_norm.reshape(1)])))
+
+    def write(self) -> dict[str, float]:
+        """Average over processes, hand every kept step to the trackers under its number, return the last one.
+
+        Raises `TrainingError` at the first step whose loss or gradient norm is not finite. To be called by every
+        process.
+        """
+        if not self._pending:
+            return self.last
+        values = self.accelerator.reduce(torch.stack([terms for _, _, terms in self._pending]), reduction="mean")
+        for (step, learning_rate, _), row in zip(self._pending, values.cpu().tolist(), strict=True):
+            self.last = dict(zip(self.names, row, strict=True)) | {"lr": learning_rate}
+            self.accelerator.log(self.last, step=step)
+            self._check_finite(step)
+        self._pending.clear()
+        return self.last
+
+    def _check_finite(self, step: int) -> None:
+        # With fp16 a gradient norm that overflows is the loss scaler's business: it skips the step by itself.
+        scaled = self.accelerator.scaler is not None
+        terms = {name: value for name, value in self.last.items() if not (scaled and name == "grad_norm")}
+        broken = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+        if broken:
+            goes_on = f"go on from {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
+            raise TrainingError(f"Stopped, since at step {step} {', '.join(broken)}; the weights are lost, {goes_on}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints: student, EMA, optimiser, schedule, and the random state of every process.
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: None for none, or for `latest` where there is none.
+
+    A name is looked for in `output_dir`, then as a path. Raises `FileNotFoundError`, with the list of those that are
+    there, where it is absent.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if resume is None:
+        return None
+    if resume == "latest":
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(output_dir) / resume, Path(resume)):
+        if path.is_dir():
+            return path
+    there = ", ".join(path.name for path in checkpoints) or "none"
+    raise FileNotFoundError(
+        f"--resume_from_checkpoint {resume} does not exist; the checkpoints in {output_dir} are: {there}."
+    )
+
+
+def prune_checkpoints(output_dir: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints; returns the deleted ones."""
+    checkpoints = list_checkpoints(output_dir)
+    surplus = checkpoints[: max(len(checkpoints) - keep, 0)]
+    for path in surplus:
+        shutil.rmtree(path)
+    return surplus
+
+
+def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tuple[Callable, Callable]:
+    """Hooks for `accelerator.save_state` and `load_state` that keep the student in diffusers' own format.
+
+    The student is written to `unet/`, its moving average to `unet_ema/`; both load with `from_pretrained`.
+    """
+
+    def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], output_dir: str) -> None:
+        if len(models) != 1:  # were the teacher prepared too, it would overwrite the student here
+            raise RuntimeError(f"A checkpoint holds the student alone, got {len(models)} models.")
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(models[0]).save_pretrained(Path(output_dir) / "unet")
+            if ema_unet is not None:
+                ema_unet.save_pretrained(Path(output_dir) / "unet_ema")
+        weights.clear()  # accelerate then writes no copy of its own
+
+    def load(models: list[nn.Module], input_dir: str) -> None:
+        student = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet")
+        accelerator.unwrap_model(models.pop()).load_state_dict(student.state_dict(), strict=True)
+        if ema_unet is not None:
+            saved = EMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DConditionModel)
+            ema_unet.load_state_dict(saved.state_dict())
+            ema_unet.to(accelerator.device)
+
+    return save, load
+
+
+def save_checkpoint(run: Distillation, step: int) -> Path:
+    """Write `checkpoint-<step>` beside its place and move it there once whole. To be called by every process."""
+    args, accelerator = run.args, run.accelerator
+    path = Path(args.output_dir) / f"checkpoint-{step}"
+    partial = path.with_name(f".{path.name}.partial")
+    if accelerator.is_main_process and partial.exists():
+        shutil.rmtree(partial)  # left by a run that was killed while it saved
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        samples = step * total_batch_size(args, accelerator)
+        state = {"global_step": step, "samples_seen": samples, "seed": args.seed}
+        (partial / "trainer_state.json").write_text(json.dumps(state, indent=2))
+        if path.exists():
+            shutil.rmtree(path)  # the same step of the same run, taken again after resuming from an earlier one
+        partial.rename(path)
+        if args.checkpoints_total_limit is not None:
+            for old in prune_checkpoints(args.output_dir, args.checkpoints_total_limit):
+                logger.info(f"Removed {old} (--checkpoints_total_limit {args.checkpoints_total_limit})")
+        logger.info(f"Saved {path}")
+    accelerator.wait_for_everyone()
+    return path
+
+
+def total_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Validation, the saved pipeline and its model card.
+
+
+def generate_images(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: nn.Module,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> list[Image.Image]:
+    """`num_validation_images` pictures of every validation prompt, in 25 steps of DPM-Solver++.
+
+    The noise depends on the seed and the picture's number alone, so that any two U-Nets start from the same.
+    """
+    overrides = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="scheduler",
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        **overrides,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=accelerator.unwrap_model(unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for prompt in args.validation_prompts:
+        for _ in range(args.num_validation_images):
+            seed = derived_seed(args.seed, "validation", len(images))
+            with torch.no_grad(), accelerator.autocast():
+                images += pipeline(
+                    prompt,
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=25,
+                    generator=torch.Generator(accelerator.device).manual_seed(seed),
+                ).images
+    return images
+
+
+def log_validation(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: nn.Module,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    weight_dtype: torch.dtype,
+    step: int,
+    teacher_images: Sequence[Image.Image] = (),
+) -> list[Image.Image]:
+    """Paint the validation prompts with the student, below the teacher's pictures of the same noise where given.
+
+    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes pictures. Returns the
+    student's pictures. For the main process alone.
+    """
+    logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} pictures")
+    images = generate_images(vae, text_encoder, tokenizer, unet, args, accelerator)
+    columns = min(len(images), 8)
+    rows = []
+    for start in range(0, len(images), columns):
+        for part in (teacher_images[start : start + columns], images[start : start + columns]):
+            blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
+            rows += [*part, *blanks] if part else []
+    grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
+    path = Path(args.output_dir) / "validation" / f"step-{step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
+    return images
+
+
+def make_teacher_images(run: Distillation, tokenizer: CLIPTokenizer) -> list[Image.Image]:
+    """The teacher's pictures of the validation prompts; none where it is not loaded. They do not change in a run."""
+    if not run.args.validation_prompts or run.teacher_unet is None or not run.accelerator.is_main_process:
+        return []
+    with taps_off(run):
+        return generate_images(run.vae, run.text_encoder, tokenizer, run.teacher_unet, run.args, run.accelerator)
+
+
+def validate(run: Distillation, tokenizer: CLIPTokenizer, teacher_images: Sequence[Image.Image], step: int) -> None:
+    """`log_validation` of the student as it would be saved now, in the main process while the others wait."""
+    accelerator, ema_unet = run.accelerator, run.ema_unet
+    if accelerator.is_main_process:
+        if ema_unet is not None:
+            ema_unet.store(run.unet.parameters())
+            ema_unet.copy_to(run.unet.parameters())
+        run.unet.eval()
+        with taps_off(run):
+            log_validation(
+                run.vae,
+                run.text_encoder,
+                tokenizer,
+                run.unet,
+                run.args,
+                accelerator,
+                run.weight_dtype,
+                step,
+                teacher_images,
+            )
+        run.unet.train()
+        if ema_unet is not None:
+            ema_unet.restore(run.unet.parameters())
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def taps_off(run: Distillation) -> Iterator[None]:
+    """Pictures are made without capturing features, which would keep them in memory."""
+    taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap is not None]
+    for tap in taps:
+        tap.enabled = False
+    yield
+    for tap in taps:
+        tap.enabled = True
+
+
+def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
+    """Write the whole pipeline in float32, load it back and compare: keys, tensors and one pass of the U-Net.
+
+    Raises `TrainingError` where what was read back differs. For the main process alone.
+    """
+    unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        unet=unet,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+        dtype=torch.float32,
+    )
+    if args.prediction_type is not None:
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            for tensor in model.state_dict(keep_vars=True).values():
+                tensor.data = tensor.data.contiguous()
+    pipeline.save_pretrained(args.output_dir)
+    loaded = DiffusionPipeline.from_pretrained(args.output_dir, dtype=torch.float32)
+    for name, model in pipeline.components.items():
+        if isinstance(model, nn.Module):
+            saved, read = model.state_dict(), getattr(loaded, name).state_dict()
+            if saved.keys() != read.keys() or any(not torch.equal(saved[key], read[key]) for key in saved):
+                raise TrainingError(f"{args.output_dir}/{name} does not hold what was saved: is the disk sound?")
+    sample = torch.randn(1, unet.config.in_channels, 8, 8)
+    text = torch.randn(1, 4, pipeline.text_encoder.config.hidden_size)
+    with torch.no_grad():
+        outputs = [net.eval()(sample, 500, text, return_dict=False)[0] for net in (unet, loaded.unet)]
+    if not torch.allclose(*outputs, rtol=1e-4, atol=1e-5):  # rounding differs with where in memory the weights lie
+        raise TrainingError(f"{args.output_dir}/unet computes something else than the trained student.")
+
+
+def save_model_card(
+    args: argparse.Namespace,
+    repo_id: str,
+    images: list[Image.Image] | None = None,
+    repo_folder: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `repo_folder/README.md`: what the model is, how it was made, how to load it.
+
+    `images` go in as one grid; `facts` (parameter counts, final losses, ...) as a table.
+    """
+    folder = Path(repo_folder or args.output_dir)
+    row = DISTILL_LEVELS[args.distill_level]
+    picture = ""
+    if images:
+        make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
+        prompts = "; ".join(args.validation_prompts or [])
+        picture = f"\n![Teacher above student, same noise](./val_imgs_grid.png)\n\nPrompts, left to right: {prompts}\n"
+    data = args.dataset_name or "a local folder of captioned images"
+    table = "\n".join(f"| {key} | {value} |" for key, value in (facts or {}).items())
+    settings = "\n".join(
+        f"- `{key}`: {value}" for key, value in sorted(public_args(args).items()) if value is not None
+    )
+    card = ModelCardData(
+        license="creativeml-openrail-m",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
+        datasets=[args.dataset_name] if args.dataset_name and not Path(args.dataset_name).exists() else None,
+        tags=["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "knowledge-distillation"],
+    )
+    text = f"""---
+{card.to_yaml()}
+---
+
+# {repo_id}
+
+A Stable Diffusion pipeline whose U-Net was pruned ({args.distill_level}, {row.paper_name} in the BK-SDM paper) and
+distilled from **{args.pretrained_model_name_or_path}** on {data}, with
+`loss = task + {args.output_weight} * output + {args.feature_weight} * feature`.
+{picture}
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{repo_id}", dtype=torch.float16).to("cuda")
+image = pipeline("{(args.validation_prompts or ["a photo of a cat"])[0]}").images[0]
+image.save("image.png")
+```
+
+## Licence
+
+A distilled model stays under the licence of the model that it was distilled from: for Stable Diffusion 1.x that is
+CreativeML Open RAIL-M, with its use restrictions.
+
+## Settings
+
+{settings}
+
+## Method
+
+[BK-SDM: A Lightweight, Fast, and Cheap Version of Stable Diffusion](https://arxiv.org/abs/2305.15798)
+"""
+    ModelCard(text).save(folder / "README.md")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command line.
+
+REFUSED_FLAGS = {
+    "--snr_gamma": "was removed: the distillation terms are not weighted by the signal-to-noise ratio",
+    "--validation_epochs": "is replaced by --validation_steps, which counts optimiser steps",
+    "--enable_xformers_memory_efficient_attention": "is not needed: PyTorch's own SDPA attention is always on",
+    "--non_ema_revision": "was removed: name the student's weights with --student_model_name_or_path",
+    "--dream_training": "is not supported: --output_weight and --feature_weight are what guides the student",
+    "--dream_detail_preservation": "is not supported, like --dream_training",
+    "--prepare_unet": "was removed: the student is always built from the teacher's config",
+}
+
+
+class RefusedFlag(argparse.Action):
+    """Takes a flag that other training scripts have, to answer with its replacement."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.refused = [*getattr(namespace, "refused", []), f"{option_string} {REFUSED_FLAGS[option_string]}."]
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """The settings of a run. Every mistake that the flags alone show is printed, and the exit code is 2."""
+    parser = argparse.ArgumentParser(
+        description="Distil a Stable Diffusion pipeline into a smaller one.",
+        usage="accelerate launch distill_training.py --pretrained_model_name_or_path MODEL [options]",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = parser.add_argument_group("models").add_argument
+    flag("--pretrained_model_name_or_path", required=True, help="The teacher: a Stable Diffusion 1.x or 2.x pipeline.")
+    flag("--revision", help="Revision of the teacher on the hub.")
+    flag("--variant", help="Variant of the teacher's files, such as fp16.")
+    flag("--student_model_name_or_path", help="Go on from this distilled student instead of pruning the teacher.")
+    flag("--cache_dir", help="Where downloaded models and datasets are kept.")
+
+    flag = parser.add_argument_group("distillation").add_argument
+    flag("--distill_level", choices=DISTILL_LEVELS, default="sd_small", help="What is pruned; see the README.")
+    flag("--output_weight", type=float, default=0.5, help="Weight of the output distillation term.")
+    flag("--feature_weight", "--feature-weight", type=float, default=0.5, help="Weight of the feature term.")
+
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset_name", help="Dataset on the hub, or a local folder that datasets can load.")
+    flag("--dataset_config_name", help="Configuration of that dataset.")
+    flag("--streaming", action="store_true", help="Read --dataset_name as it goes, without storing it.")
+    flag("--train_data_dir", help="Folder with *.tar shards, or with images and a metadata.jsonl or .csv.")
+    flag("--image_column", default="image", help="Column that holds the images.")
+    flag("--caption_column", default="text", help="Column that holds a caption or a list of captions.")
+    flag("--max_train_samples", type=int, help="Use no more samples than this.")
+    flag("--resolution", type=int, default=512, help="Side of the training images in pixels.")
+    flag("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
+    flag("--random_flip", action="store_true", help="Mirror half of the images.")
+    interpolations = [mode.value for mode in InterpolationMode]
+    flag("--image_interpolation_mode", choices=interpolations, default="lanczos", help="How images are resized.")
+    flag("--proportion_empty_prompts", type=float, default=0.0, help="Share of captions that are left empty.")
+    flag("--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0 loads in the main one.")
+
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--train_batch_size", type=int, default=16, help="Images per process and micro-batch.")
+    flag("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches per optimiser step.")
+    flag("--num_train_epochs", type=int, default=100, help="Passes over the data; --max_train_steps overrides it.")
+    flag("--max_train_steps", type=int, help="Optimiser steps in all.")
+    flag("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    flag("--scale_lr", action="store_true", help="Multiply the learning rate by the total batch size.")
+    schedules = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
+    flag("--lr_scheduler", choices=schedules, default="constant", help="Learning-rate schedule.")
+    flag("--lr_warmup_steps", type=int, default=500, help="Optimiser steps of warm-up, where the schedule has one.")
+    flag("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes.")
+    flag("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
+    flag("--adam_beta2", type=float, default=0.999, help="Adam's beta2.")
+    flag("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
+    flag("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
+    flag("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    flag("--use_ema", action="store_true", help="Keep a moving average of the student; the saved pipeline holds it.")
+    flag("--ema_decay", type=float, default=0.9999, help="Decay of that average, reached after a warm-up.")
+    flag("--offload_ema", action="store_true", help="Keep the average in the host's memory.")
+    flag("--foreach_ema", action="store_true", help="Update the average with fewer, larger operations.")
+    flag("--noise_offset", type=float, default=0.0, help="Scale of the noise offset.")
+    flag("--input_perturbation", type=float, default=0.0, help="Scale of the input perturbation (0.1 recommended).")
+    predictions = ["epsilon", "v_prediction"]
+    flag("--prediction_type", choices=predictions, help="What the U-Net predicts, if not what the scheduler says.")
+    flag("--gradient_checkpointing", action="store_true", help="Less memory for a slower student.")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured for.")
+    flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
+    flag("--seed", type=int, help="Seed of everything random; drawn and printed where not given.")
+    flag("--local_rank", type=int, default=-1, help="Accepted for launchers that pass it; accelerate finds it itself.")
+
+    flag = parser.add_argument_group("logging, validation and saving (all counts are optimiser steps)").add_argument
+    flag("--output_dir", default="sd-model-distilled", help="Where the pipeline and everything else is written.")
+    flag("--logging_dir", default="logs", help="Trackers' folder within --output_dir.")
+    flag("--logging_steps", type=int, default=10, help="Steps between two fetches of the metrics; all are logged.")
+    flag("--report_to", default="tensorboard", help="Tracker that accelerate knows, 'all', or 'none'.")
+    flag("--tracker_project_name", default="distill-sd", help="Project name for the trackers.")
+    flag("--validation_prompts", nargs="+", help="Prompts to paint during training.")
+    flag("--validation_steps", type=int, default=500, help="Steps between two validations.")
+    flag("--num_validation_images", type=int, default=1, help="Pictures per prompt.")
+    flag("--checkpointing_steps", type=int, default=500, help="Steps between two checkpoints.")
+    flag("--checkpoints_total_limit", type=int, help="Keep no more checkpoints than this.")
+    flag("--resume_from_checkpoint", help="'latest', or a checkpoint's name or path.")
+    flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
+    flag("--hub_token", help="Token for that; better log in with `hf auth login`.")
+    flag("--hub_model_id", help="Repository to upload to; default: the name of --output_dir.")
+
+    parser.set_defaults(refused=[])
+    for name in REFUSED_FLAGS:
+        parser.add_argument(name, action=RefusedFlag, nargs="?", dest="refused", help=argparse.SUPPRESS)
+
+    args = parser.parse_args(input_args)
+    problems = args.refused + validate_args(args)
+    del args.refused
+    if problems:
+        parser.error("\n  " + "\n  ".join(problems))
+    return args
+
+
+# (flag, what is allowed, test): the bounds of every number.
+BOUNDS: list[tuple[str, str, Callable[[float], bool]]] = [
+    *((name, "at least 0", lambda value: 0 <= value < math.inf) for name in (
+        "output_weight", "feature_weight", "noise_offset", "input_perturbation", "dataloader_num_workers",
+        "lr_warmup_steps", "adam_weight_decay", "seed",
+    )),
+    *((name, "at least 1", lambda value: value >= 1) for name in (
+        "max_train_samples", "resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+        "max_train_steps", "logging_steps", "validation_steps", "num_validation_images", "checkpointing_steps",
+        "checkpoints_total_limit",
+    )),
+    *((name, "more than 0", lambda value: 0 < value < math.inf) for name in (
+        "learning_rate", "adam_epsilon", "max_grad_norm",
+    )),
+    *((name, "from 0 to below 1", lambda value: 0 <= value < 1) for name in ("adam_beta1", "adam_beta2", "ema_decay")),
+    ("proportion_empty_prompts", "from 0 to 1", lambda value: 0 <= value <= 1),
+]  # fmt: skip
+
+
+def validate_args(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the settings, one sentence each, without loading or downloading anything."""
+    problems = [
+        f"--{name} must be {allowed}, got {getattr(args, name)}."
+        for name, allowed, holds in BOUNDS
+        if getattr(args, name) is not None and not holds(getattr(args, name))
+    ]
+    if args.resolution >= 1 and args.resolution % 8:
+        problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
+    for name in ("pretrained_model_name_or_path", "student_model_name_or_path"):
+        problems += model_path_problems(name, getattr(args, name))
+    problems += data_problems(args)
+    problems += output_problems(args)
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if not args.use_ema:
+        problems += [f"--{name} needs --use_ema." for name in ("offload_ema", "foreach_ema") if getattr(args, name)]
+    if args.report_to not in ("all", "none"):
+        if args.report_to not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            problems.append(f"--report_to must be one of {known}, all, none; got {args.report_to}.")
+        elif args.report_to not in [str(tracker) for tracker in get_available_trackers()]:
+            problems.append(f"--report_to {args.report_to} is not installed: pip install it, or choose another.")
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        problems.append("--hub_token would be shown by wandb: log in with `hf auth login` instead.")
+    return problems
+
+
+def model_path_problems(name: str, source: str | None) -> list[str]:
+    """What is wrong with a model's name or path, so far as can be told without the hub."""
+    if source is None or Path(source).is_dir():
+        if source and name.startswith("pretrained") and not (Path(source) / "model_index.json").is_file():
+            return [f"--{name} {source} holds no model_index.json: a folder must hold a whole pipeline."]
+        return []
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        return [f"--{name} {source} is neither a folder nor a name on the hub."]
+    return []
+
+
+def data_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the choice of training data."""
+    problems = []
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        problems.append("Give either --dataset_name or --train_data_dir, and not both.")
+    if args.streaming and args.train_data_dir is not None:
+        problems.append("--streaming goes with --dataset_name only: local data is read in place anyway.")
+    elif args.streaming and args.max_train_steps is None:
+        problems.append("--streaming needs --max_train_steps: the length of a stream is not known.")
+    if args.train_data_dir is not None:
+        folder = Path(args.train_data_dir)
+        if not folder.is_dir():
+            problems.append(f"--train_data_dir {folder} is not a folder.")
+        elif not any(folder.glob("*.tar")) and next(list_images(folder), None) is None:
+            problems.append(f"--train_data_dir {folder} holds neither *.tar shards nor images.")
+    return problems
+
+
+def output_problems(args: argparse.Namespace) -> list[str]:
+    """Why `--output_dir` cannot be written to without losing something that is there."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        return [f"--output_dir {folder} is not a folder."]
+    try:
+        if find_checkpoint(folder, args.resume_from_checkpoint) is not None:
+            return []
+    except FileNotFoundError as error:
+        return [str(error)]
+    checkpoints = list_checkpoints(folder)
+    if checkpoints:
+        return [
+            f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): go on with "
+            "--resume_from_checkpoint latest, or choose another folder."
+        ]
+    if (folder / "model_index.json").exists():
+        return [f"--output_dir {folder} holds a finished pipeline: choose another folder."]
+    if not (folder / "args.json").exists():  # else what is there was written by a run that did not get far
+        for name in ("README.md", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "validation"):
+            if (folder / name).exists():
+                return [f"--output_dir {folder} holds {name}, which is not from a run of this script: choose another."]
+    return []
+
+
+def public_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings without secrets, for files, trackers and the model card."""
+    return {key: value for key, value in vars(args).items() if key != "hub_token"}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def make_optimizer(args: argparse.Namespace, unet: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over the student's parameters, fused where the device has it, or in 8 bits."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(unet.parameters(), **settings)
+    fused = next(unet.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(unet.parameters(), fused=fused, **settings)
+
+
+def load_unets(
+    args: argparse.Namespace, teacher_config: Mapping[str, Any]
+) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
+    """Student and teacher in float32; the teacher is None where neither a loss term nor pruning needs it."""
+    source, flag = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+    distils = args.output_weight > 0 or args.feature_weight > 0
+    teacher = None
+    if distils or args.student_model_name_or_path is None:
+        teacher = load_component(UNet2DConditionModel, source, flag, args, subfolder="unet")
+    if args.student_model_name_or_path is None:
+        return build_student(teacher, args.distill_level), teacher if distils else None
+    flag = "student_model_name_or_path"
+    student = load_component(UNet2DConditionModel, args.student_model_name_or_path, flag, args, subfolder="unet")
+    check_student(student, teacher_config, args.distill_level)
+    return student, teacher
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return f"{kibibytes / 2**20:.2f} GiB of the host's memory"
+
+
+def report(lines: Mapping[str, Any]) -> None:
+    for name, value in lines.items():
+        logger.info(f"  {name} = {value}")
+
+
+def main(args: argparse.Namespace) -> None:  # noqa: C901
+    """One run: build or resume the student, train it, save the pipeline. `args` are `parse_args`'s.
+
+    Raises `UserError` and `TrainingError` (see there).
+    """
+    output_dir = Path(args.output_dir)
+    # 1. Accelerator, logging and seed.
+    project = ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / args.logging_dir))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=project,
+        step_scheduler_with_optimizer=False,  # else it would be stepped once for every process
+    )
+    if accelerator.mixed_precision not in WEIGHT_DTYPES:
+        raise UserError(
+            f"--mixed_precision must be one of {', '.join(WEIGHT_DTYPES)}; accelerate is configured for "
+            f"{accelerator.mixed_precision}."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: choose bf16 or no on a CPU.")
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
+        library.disable_progress_bar()
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    if args.seed is None:
+        args.seed = broadcast_object_list([state.get("seed", secrets.randbelow(2**31))])[0]
+        logger.info(f"Seed {args.seed} (as in the checkpoint)" if state else f"Seed {args.seed} (drawn)")
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+
+    # 2. What is read before any weights: configs, tokenizer, data.
+    source, flag = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
+    teacher_config = check_teacher(args)
+    tokenizer = load_component(CLIPTokenizer, source, flag, args, subfolder="tokenizer")
+    noise_scheduler = load_component(DDPMScheduler, source, flag, args, subfolder="scheduler")
+    if args.prediction_type is not None:
+        noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+    dataset = make_train_dataset(args, tokenizer, accelerator)
+
+    # 3. Text encoder, VAE, teacher and student.
+    text_encoder = load_component(CLIPTextModel, source, flag, args, subfolder="text_encoder")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    vae = load_component(AutoencoderKL, source, flag, args, subfolder="vae")
+    unet, teacher_unet = load_unets(args, teacher_config)
+    with torch.device("meta"):
+        teacher_parameters = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
+
+    # 4. Freeze, cast and place all but the student. They stay unprepared: accelerate would checkpoint them over it.
+    weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+    text_encoder = freeze(text_encoder, accelerator.device, weight_dtype)
+    vae = freeze(vae, accelerator.device, weight_dtype)
+    if teacher_unet is not None:
+        teacher_unet = freeze(teacher_unet, accelerator.device, weight_dtype)
+    unet.train().to(accelerator.device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    # 5. EMA of the student.
+    ema_unet = None
+    if args.use_ema:
+        ema_unet = EMAModel(
+            unet.parameters(),
+            decay=args.ema_decay,
+            foreach=args.foreach_ema,
+            model_cls=UNet2DConditionModel,
+            model_config=unet.config,
+        )
+        ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+
+    # 6. Optimiser and schedule.
+    total_batch = total_batch_size(args, accelerator)
+    if args.scale_lr:
+        args.learning_rate *= total_batch
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
+    optimizer = make_optimizer(args, unet)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+
+    # 7. Feature taps, registered before the first call of either U-Net.
+    student_tap = teacher_tap = None
+    if args.feature_weight > 0:
+        teacher_names, student_names = zip(*feature_pairs(args.distill_level), strict=True)
+        teacher_tap, student_tap = FeatureTap(teacher_unet, teacher_names), FeatureTap(unet, student_names)
+
+    # 8. Prepare, and resume.
+    student_parameters = count_parameters(unet)
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    save_hook, load_hook = checkpoint_hooks(accelerator, ema_unet)
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+    global_step = state.get("global_step", 0)
+    first_micro_batch = state.get("samples_seen", 0) // (args.train_batch_size * accelerator.num_processes)
+    run = Distillation(
+        args=args,
+        accelerator=accelerator,
+        weight_dtype=weight_dtype,
+        noise_scheduler=noise_scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        teacher_unet=teacher_unet,
+        unet=unet,
+        student_tap=student_tap,
+        teacher_tap=teacher_tap,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        ema_unet=ema_unet,
+    )
+
+    # 9. Say what is about to happen, and write down the settings.
+    logger.info("***** Running training *****")
+    report(
+        {
+            "Teacher": f"{source}, {teacher_parameters:,} parameters in its U-Net",
+            "Student": f"{args.distill_level}, {student_parameters:,} parameters "
+            f"({1 - student_parameters / teacher_parameters:.1%} fewer)",
+            "Loss": f"task + {args.output_weight} * output + {args.feature_weight} * feature",
+            "Feature pairs (teacher-student)": ", ".join(name.partition("/")[2] for name in run.metric_names()[4:])
+            or "none",
+            "Training samples": "a stream" if isinstance(dataset, StreamingDataset) else f"{len(dataset):,}",
+            "Images per process and micro-batch": args.train_batch_size,
+            "Images per optimiser step (with accumulation and all processes)": total_batch,
+            "Optimiser steps": f"{args.max_train_steps:,}"
+            + (f", going on after {global_step:,}" if checkpoint else ""),
+            "Precision": f"{accelerator.mixed_precision} on {accelerator.num_processes} x {accelerator.device.type}",
+            "Output": output_dir,
+        }
+    )
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
+        if args.push_to_hub:
+            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+    if args.report_to != "none":
+        settings = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers(args.tracker_project_name, config=settings)
+
+    # 10. Train.
+    metrics = MetricLog(accelerator, run.metric_names())
+    metrics.last_checkpoint = checkpoint
+    teacher_images = make_teacher_images(run, tokenizer)
+    if args.validation_prompts and checkpoint is None:
+        validate(run, tokenizer, teacher_images, global_step)
+    counts = torch.zeros(3, dtype=torch.int64)
+    batches = make_dataloader(dataset, args, accelerator, first_micro_batch)
+    progress = tqdm(
+        total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    first_step, seconds, started = global_step, 0.0, time.perf_counter()
+    for global_step in range(first_step + 1, args.max_train_steps + 1):
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        terms = 0.0
+        for micro_batch in range(first_micro_batch, first_micro_batch + args.gradient_accumulation_steps):
+            batch = next(batches)
+            counts += batch["counts"]
+            micro_terms, grad_norm = training_step(run, batch, micro_batch)
+            terms += micro_terms / args.gradient_accumulation_steps
+        first_micro_batch += args.gradient_accumulation_steps
+        metrics.add(global_step, learning_rate, terms, grad_norm)
+        progress.update()
+        ends = global_step == args.max_train_steps
+        saves = global_step % args.checkpointing_steps == 0
+        validates = bool(args.validation_prompts) and (ends or global_step % args.validation_steps == 0)
+        if ends or saves or validates or global_step % args.logging_steps == 0:
+            last = metrics.write()  # a checkpoint or a picture of weights that are lost would be worth nothing
+            progress.set_postfix({name: f"{last[name]:.3g}" for name in ("loss", "task_loss", "lr")})
+        if saves or validates:
+            seconds += time.perf_counter() - started
+            if saves:
+                metrics.last_checkpoint = save_checkpoint(run, global_step)
+            if validates:
+                validate(run, tokenizer, teacher_images, global_step)
+            started = time.perf_counter()
+    progress.close()
+    seconds += time.perf_counter() - started
+
+    # 11. Save the pipeline, check it, describe it, share it.
+    steps = max(args.max_train_steps - first_step, 0)
+    counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
+    if accelerator.is_main_process:
+        student = accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+        if ema_unet is not None:
+            ema_unet.copy_to(student.parameters())
+        save_pipeline(args, student)
+        facts = {
+            "Teacher's U-Net": f"{teacher_parameters:,} parameters",
+            "Student's U-Net": f"{student_parameters:,} parameters",
+            "Optimiser steps": f"{global_step:,} of {total_batch} images",
+            **{f"Final {name}": f"{value:.6g}" for name, value in metrics.last.items()},
+        }
+        grid = output_dir / "validation" / f"step-{global_step}.png"
+        images = [Image.open(grid)] if grid.exists() else None
+        save_model_card(args, repo_id, images, args.output_dir, facts)
+        if args.push_to_hub:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=output_dir,
+                commit_message="End of training",
+                ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*"],
+                token=args.hub_token,
+            )
+    accelerator.wait_for_everyone()
+    logger.info("***** Training is done *****")
+    report(
+        {
+            **{name: f"{value:.6g}" for name, value in metrics.last.items()},
+            "Steps per second": f"{steps / seconds:.3f} ({steps * total_batch / seconds:.2f} images per second)",
+            "Peak memory": peak_memory(accelerator.device),
+            "Samples replaced": describe_counts(counts),
+            "Output": f"{output_dir}, loaded back and equal to what was trained",
+        }
+    )
+    if counts[ENLARGED]:
+        images_seen = steps * total_batch
+        logger.warning(f"{counts[ENLARGED]} of {images_seen} images were smaller than --resolution and were enlarged.")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (UserError, FileNotFoundError, TrainingError) as problem:
+        print(f"{Path(__file__).name}: error: {problem}", file=sys.stderr)
+        sys.exit(1 if isinstance(problem, TrainingError) else 2)
