@@ -1,0 +1,383 @@
+"""What the trainer makes of shards, image folders, hub tables and of pictures in every mode."""
+
+import argparse
+import io
+import itertools
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_tokenizer, toy_pictures, write_imagefolder, write_shards, write_tar
+from PIL import Image
+
+import distill_training as dt
+
+
+def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def data_args(teacher: Path, **settings: object) -> argparse.Namespace:
+    flags = {"resolution": 32, "train_batch_size": 4, "seed": 3, "center_crop": True, **settings}
+    line = ["--pretrained_model_name_or_path", str(teacher), "--output_dir", "unused-output"]
+    for name, value in flags.items():
+        if value is not False:
+            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return dt.parse_args(line)
+
+
+def dataset_of(args: argparse.Namespace) -> dt.DistillationDataset | dt.StreamingDataset:
+    return dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))
+
+
+def batches_of(args: argparse.Namespace, count: int, first: int = 0) -> list[dict[str, torch.Tensor]]:
+    loader = dt.make_dataloader(dataset_of(args), args, Accelerator(cpu=True), first)
+    return list(itertools.islice(loader, count))
+
+
+def assert_same(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> None:
+    assert len(left) == len(right) > 0
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[tuple[bytes, str]]:
+    return toy_pictures(12, size=(48, 40))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory, pictures: list[tuple[bytes, str]]) -> Path:
+    """The same pictures as a dataset repository of two parquet files."""
+    folder = tmp_path_factory.mktemp("table")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for part, rows in enumerate((pictures[:6], pictures[6:])):
+        columns = {"image": [{"bytes": data, "path": None} for data, _ in rows], "text": [text for _, text in rows]}
+        path = folder / "data" / f"train-0000{part}-of-00002.parquet"
+        path.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return folder
+
+
+# --- pictures -------------------------------------------------------------------------------------------------
+
+
+def test_every_mode_arrives_as_correct_rgb() -> None:
+    red = (200, 30, 40)
+    palette = Image.new("RGB", (8, 8), red).quantize(4)
+    rgba = Image.new("RGBA", (8, 8), (*red, 255))
+    rgba.putpixel((0, 0), (0, 0, 0, 0))
+    rgba.putpixel((1, 0), (0, 0, 0, 51))
+    sixteen = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    frames = [Image.new("RGB", (8, 8), red), Image.new("RGB", (8, 8), "blue")]
+    transparent_palette = Image.new("P", (8, 8), 1)
+    transparent_palette.putpalette([9, 9, 9, *red])
+    transparent_palette.putpixel((0, 0), 0)
+    cases = {
+        "rgb": (file_bytes(Image.new("RGB", (8, 8), red)), red),
+        "grayscale": (file_bytes(Image.new("L", (8, 8), 77)), (77, 77, 77)),
+        "grayscale with alpha": (file_bytes(Image.new("LA", (8, 8), (77, 255))), (77, 77, 77)),
+        "bilevel": (file_bytes(Image.new("1", (8, 8), 1)), (255, 255, 255)),
+        "rgba": (file_bytes(rgba), red),
+        "palette": (file_bytes(palette), red),
+        "palette with transparency": (file_bytes(transparent_palette, transparency=0), red),
+        "cmyk": (file_bytes(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+        "16 bits": (file_bytes(sixteen), (156, 156, 156)),
+        "animation": (file_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), red),
+    }
+    for name, (data, expected) in cases.items():
+        image = dt.decode_image(data)
+        assert image.mode == "RGB" and image.size == (8, 8), name
+        assert image.getpixel((5, 5)) == expected, name
+    assert dt.decode_image(cases["rgba"][0]).getpixel((0, 0)) == (255, 255, 255)
+    assert dt.decode_image(cases["rgba"][0]).getpixel((1, 0)) == (204, 204, 204)
+    assert dt.decode_image(cases["palette with transparency"][0]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.new("RGB", (20, 10), "black")
+    image.paste("white", (0, 0, 10, 10))  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left side is up
+    shown = dt.decode_image(file_bytes(image, "JPEG", exif=exif, quality=95))
+    assert shown.size == (10, 20)
+    assert min(shown.getpixel((5, 2))) > 240 and max(shown.getpixel((5, 17))) < 15
+
+
+def test_transforms_keep_the_aspect_ratio_and_the_range() -> None:
+    image = Image.new("RGB", (100, 50))
+    image.paste((255, 255, 255), (50, 0, 100, 50))
+    centre = dt.image_transforms(32, center_crop=True, random_flip=False)(image)
+    assert centre.shape == (3, 32, 32) and centre.dtype == torch.float32
+    # Resized to 64 x 32 the edge is at column 32, so a crop of the middle has it at 16: no squeezing to 8 or 24.
+    assert centre[:, :, :13].max() < -0.9 and centre[:, :, 19:].min() > 0.9
+    enlarged = dt.image_transforms(32, center_crop=False, random_flip=True)(Image.new("RGB", (5, 9)))
+    assert enlarged.shape == (3, 32, 32)
+    crops = {float(dt.image_transforms(32, False, False)(image).mean()) for _ in range(20)}
+    assert len(crops) > 3
+
+
+def test_a_caption_may_be_a_list_and_is_padded() -> None:
+    tokenizer = make_tokenizer()
+    ids = dt.tokenize_captions(["a b", ["c", "d", "e"]], tokenizer, random.Random(0))
+    assert ids.shape == (2, 16) and ids.dtype == torch.int64
+    drawn = {
+        tuple(dt.tokenize_captions([["c", "d", "e"]], tokenizer, random.Random(i))[0].tolist()) for i in range(30)
+    }
+    assert drawn == {tuple(dt.tokenize_captions([text], tokenizer, random.Random(0))[0].tolist()) for text in "cde"}
+    with pytest.raises(ValueError, match="list of strings, got"):
+        dt.tokenize_captions([[3]], tokenizer, random.Random(0))
+
+
+# --- shards ---------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_in_place(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
+    rows = dt.TarShards(write_shards(tmp_path, pictures, per_shard=5), "text")
+    assert [(row["image"]["bytes"], row["text"]) for row in rows] == pictures
+    assert sum(getattr(rows, name).nbytes for name in ("shard_of", "offsets", "sizes", "caption_is_json")) <= 30 * 12
+
+
+def test_shards_with_json_captions_and_strangers(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
+    image = pictures[0][0]
+    samples = [
+        {"json": json.dumps({"caption": "from json"}).encode(), "PNG": image},
+        {"png": image, "json": json.dumps({"text": ["one", "two"], "caption": "no"}).encode()},
+        {"png": image, "txt": b"from txt", "json": b"{}"},
+        {"png": image},  # no caption: not a sample
+        {"txt": b"no image"},
+    ]
+    write_tar(tmp_path / "a.tar", samples)
+    assert [row["text"] for row in dt.TarShards(tmp_path, "text")] == ["from json", ["one", "two"], "from txt"]
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for suffix, data in (("jpg", image), ("txt", "ünïcode".encode())):
+            member = tarfile.TarInfo(f"deep/{'x' * 120}.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert dt.TarShards(tmp_path, "text")[3] == {"image": {"bytes": image}, "text": "ünïcode"}
+
+
+def write_manifest(folder: Path, pictures: list[tuple[bytes, str]]) -> dict:
+    write_shards(folder, pictures, per_shard=5)
+    shards = []
+    for number, path in enumerate(sorted(folder.glob("*.tar"))):
+        part = pictures[5 * number : 5 * number + 5]
+        sizes = {"image_bytes": [len(data) for data, _ in part], "caption_bytes": [len(text) for _, text in part]}
+        shards.append({"name": path.name, "bytes": path.stat().st_size, "count": len(part), **sizes})
+    (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
+    return {"shards": shards}
+
+
+def test_a_manifest_gives_the_same_samples(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
+    write_manifest(tmp_path, pictures)
+    write_tar(tmp_path / "unfinished.tar", [{"png": b"not named by the manifest", "txt": b"x"}])
+    rows = dt.TarShards(tmp_path, "text")
+    assert [(row["image"]["bytes"], row["text"]) for row in rows] == pictures
+
+
+@pytest.mark.parametrize("damage", ["gone", "longer", "counts"])
+def test_a_manifest_that_does_not_fit_is_refused(
+    tmp_path: Path, pictures: list[tuple[bytes, str]], damage: str
+) -> None:
+    manifest = write_manifest(tmp_path, pictures)
+    if damage == "gone":
+        (tmp_path / "00001.tar").unlink()
+    elif damage == "longer":
+        with open(tmp_path / "00001.tar", "ab") as tar:
+            tar.write(bytes(512))
+    else:
+        manifest["shards"][1]["image_bytes"][0] += 10**6
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(dt.UserError, match=r"00001\.tar"):
+        dt.TarShards(tmp_path, "text")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 700, "header", "no end"])
+def test_a_cut_shard_is_one_sentence(tmp_path: Path, pictures: list[tuple[bytes, str]], keep: int | str) -> None:
+    write_shards(tmp_path, pictures, per_shard=12)
+    path = tmp_path / "00000.tar"
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    lengths = {"header": last.offset + 200, "no end": last.offset_data + 512}
+    path.write_bytes(data[: lengths.get(keep, keep)])
+    with pytest.raises(dt.UserError, match=r"00000\.tar is (empty or )?cut short"):
+        dt.TarShards(tmp_path, "text")
+
+
+# --- the same samples from every source -----------------------------------------------------------------------
+
+
+def test_every_source_gives_the_same_batches(
+    tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]], table: Path
+) -> None:
+    cache = tmp_path / "cache"
+    sources = {
+        "shards": {"train_data_dir": write_shards(tmp_path / "shards", pictures, per_shard=5)},
+        "imagefolder": {"train_data_dir": write_imagefolder(tmp_path / "folder", pictures), "cache_dir": cache},
+        "table": {"dataset_name": table, "cache_dir": cache},
+        "stream": {"dataset_name": table, "streaming": True, "max_train_steps": 1, "cache_dir": cache},
+    }
+    random_crop = {"center_crop": False, "random_flip": True}
+    in_order = {
+        name: list(itertools.islice(iter(dataset_of(data_args(teacher, **source, **random_crop))), 12))
+        for name, source in sources.items()
+    }
+    shuffled = {
+        name: batches_of(data_args(teacher, **source, **random_crop), 7)
+        for name, source in sources.items()
+        if name != "stream"
+    }
+    for examples in in_order.values():
+        assert len(examples) == 12
+    for name in ("imagefolder", "table"):
+        assert_same(in_order["shards"], in_order[name])
+        assert_same(shuffled["shards"], shuffled[name])
+    centre = [dataset_of(data_args(teacher, **sources[name])) for name in ("shards", "stream")]
+    assert_same(*([dt.collate_fn(list(itertools.islice(iter(source), 12)))] for source in centre))
+    assert not torch.equal(shuffled["shards"][0]["pixel_values"], shuffled["shards"][3]["pixel_values"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shuffled_batches_start_anywhere(
+    tmp_path: Path, teacher: Path, table: Path, shards: Path, workers: int
+) -> None:
+    local = {"train_data_dir": shards, "random_flip": True, "center_crop": False, "dataloader_num_workers": workers}
+    stream = {"dataset_name": table, "streaming": True, "max_train_steps": 1, "dataloader_num_workers": workers}
+    for source in (local, stream):
+        args = data_args(teacher, cache_dir=tmp_path, **source)
+        whole = batches_of(args, 9)
+        assert_same(whole[5:], batches_of(args, 4, first=5))
+    assert_same(batches_of(data_args(teacher, **local), 7), batches_of(data_args(teacher, **local), 7))
+
+
+def test_ranks_share_every_epoch() -> None:
+    def places(rank: int, processes: int, batch_size: int, count: int, first: int = 0) -> list[list[tuple[int, int]]]:
+        sampler = dt.SeededBatches(10, batch_size, seed=7, rank=rank, processes=processes, first=first)
+        return list(itertools.islice(iter(sampler), count))
+
+    alone = sum(places(0, 1, 4, 10), [])
+    for epoch in range(4):
+        assert sorted(alone[10 * epoch : 10 * epoch + 10]) == [(epoch, row) for row in range(10)]
+    orders = [[row for _, row in alone[10 * epoch : 10 * epoch + 10]] for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+    ranks = zip(places(0, 2, 2, 10), places(1, 2, 2, 10), strict=True)
+    assert sum((first + second for first, second in ranks), []) == alone  # the order does not depend on the processes
+    assert places(1, 2, 2, 10)[6:] == places(1, 2, 2, 4, first=6)
+
+
+# --- what cannot be used --------------------------------------------------------------------------------------
+
+
+def damaged(pictures: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
+    samples = list(pictures)
+    samples[1] = (samples[1][0][:200], samples[1][1])  # cut
+    samples[4] = (b"<html>not found</html>", samples[4][1])
+    samples[6] = (samples[6][0], "  \n")
+    samples[9] = (b"", samples[9][1])
+    return samples
+
+
+def test_broken_samples_are_replaced_and_counted(
+    tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]]
+) -> None:
+    args = data_args(teacher, train_data_dir=write_shards(tmp_path, damaged(pictures)), resolution=16)
+    whole = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path / "whole", pictures), resolution=16))
+    dataset = dataset_of(args)
+    for index in range(12):
+        example, again = dataset[(2, index)], dataset[(2, index)]
+        assert_same([example], [again])
+        good = [i for i in range(12) if torch.equal(example["pixel_values"], whole[(2, i)]["pixel_values"])]
+        assert len(good) == 1 and good[0] not in (1, 4, 6, 9)
+        assert (good == [index]) == (example["counts"][:2].sum() == 0) == (index not in (1, 4, 6, 9))
+    assert dataset[(2, 1)]["counts"][0] >= 1 and dataset[(2, 6)]["counts"][1] >= 1
+    batches = batches_of(args, 6)  # two epochs of twelve
+    assert all(len(batch["pixel_values"]) == 4 for batch in batches)
+    counts = sum(batch["counts"] for batch in batches)
+    assert counts[dt.BROKEN_IMAGE] >= 6 and counts[dt.EMPTY_CAPTION] >= 2 and counts[dt.ENLARGED] == 0
+    assert torch.equal(counts, sum(batch["counts"] for batch in batches_of(args, 6)))
+
+
+def test_a_stream_fills_the_place_of_a_broken_row(tmp_path: Path, teacher: Path, table: Path) -> None:
+    rows = list(
+        datasets.load_dataset(str(table), split="train", cache_dir=str(tmp_path)).cast_column(
+            "image", datasets.Image(decode=False)
+        )
+    )
+    rows[3] = {**rows[3], "text": ""}
+    rows[4] = {**rows[4], "image": {"bytes": b"no", "path": None}}
+
+    def stream(skip: int) -> list[torch.Tensor]:
+        dataset = dt.StreamingDataset(
+            datasets.Dataset.from_list(rows).to_iterable_dataset(),
+            ("image", "text"),
+            3,
+            0,
+            transform=dt.image_transforms(16, True, False),
+            tokenizer=make_tokenizer(),
+            proportion_empty_prompts=0.0,
+        )
+        dataset.skip = skip
+        return [example["pixel_values"] for example in itertools.islice(iter(dataset), 24 - skip)]
+
+    whole = stream(0)
+    assert torch.equal(whole[3], whole[5]) and torch.equal(whole[4], whole[5]) and not torch.equal(whole[2], whole[3])
+    for skip in (1, 4, 5, 13, 16):
+        assert all(torch.equal(one, other) for one, other in zip(stream(skip), whole[skip:], strict=True))
+
+
+def test_only_when_nothing_is_usable_is_it_fatal(tmp_path: Path, teacher: Path) -> None:
+    samples = [(b"broken", "text")] * 3 + [(toy_pictures(1)[0][0], "")] * 2
+    dataset = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path, samples)))
+    with pytest.raises(dt.UserError, match="None of the 5 .*: 3 with a broken image, 2 with an empty caption"):
+        dataset[0]
+
+
+def test_small_images_are_enlarged_and_counted(teacher: Path, shards: Path) -> None:
+    batch = batches_of(data_args(teacher, train_data_dir=shards, resolution=128), 1)[0]
+    assert batch["pixel_values"].shape == (4, 3, 128, 128) and batch["counts"][dt.ENLARGED] == 4
+
+
+def test_caption_dropout_and_sample_limit(teacher: Path, shards: Path) -> None:
+    empty = dt.tokenize_captions([""], make_tokenizer(), random.Random(0))[0]
+    dropped = dataset_of(data_args(teacher, train_data_dir=shards, proportion_empty_prompts=0.5))
+    share = [torch.equal(dropped[(epoch, i)]["input_ids"], empty) for epoch in range(10) for i in range(20)]
+    assert 70 <= sum(share) <= 130
+    limited = dataset_of(data_args(teacher, train_data_dir=shards, max_train_samples=7))
+    assert len(limited) == 7 and len({limited.rows[i]["text"] + str(limited.rows[i]["image"]) for i in range(7)}) == 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image_column": "picture"}, "--image_column picture is not there; the columns are image, text, number"),
+        ({"caption_column": "label"}, "--caption_column label is not there"),
+        ({"caption_column": "number"}, "--caption_column number holds"),
+        ({"image_column": "number"}, "--image_column number holds"),
+    ],
+)
+def test_wrong_columns_are_named(tmp_path: Path, teacher: Path, columns: dict[str, str], message: str) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "number": datasets.Value("int64")}
+    )
+    data = {"image": [{"bytes": toy_pictures(1)[0][0], "path": None}], "text": ["a"], "number": [1]}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    with pytest.raises(dt.UserError, match=message):
+        dataset_of(data_args(teacher, dataset_name=tmp_path / "table", cache_dir=tmp_path / "cache", **columns))
+
+
+def test_an_image_folder_without_captions_names_its_columns(tmp_path: Path, teacher: Path) -> None:
+    folder = write_imagefolder(tmp_path / "folder", toy_pictures(3))
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(dt.UserError, match="--caption_column text is not there; the columns are image"):
+        dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
