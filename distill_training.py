@@ -1807,6 +1807,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             started = time.perf_counter()
     progress.close()
     seconds += time.perf_counter() - started
+    for tap in (student_tap, teacher_tap):
+        if tap is not None:
+            tap.close()
 
     # 11. Save the pipeline, check it, describe it, share it.
     steps = max(args.max_train_steps - first_step, 0)

@@ -1,0 +1,468 @@
+"""Whole runs at toy width: what is trained, logged, saved and resumed."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, SCRIPT, make_pipeline, toy_pictures, write_tar
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import distill_training as dt
+
+
+def flags(teacher: Path, data: Path, output: Path, **settings: Any) -> list[str]:
+    defaults = {
+        "pretrained_model_name_or_path": teacher,
+        "train_data_dir": data,
+        "output_dir": output,
+        "resolution": 64,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "seed": 11,
+        "report_to": "none",
+    }
+    line = []
+    for name, value in {**defaults, **settings}.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            line += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            line += [f"--{name}", str(value)]
+    return line
+
+
+def train(*args: Any, **settings: Any) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is kept between runs otherwise
+    dt.main(dt.parse_args(flags(*args, **settings)))
+
+
+def unet_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+def scalars(output: Path) -> dict[str, dict[int, float]]:
+    events = [EventAccumulator(str(path.parent)).Reload() for path in output.rglob("events.out*")]
+    found: dict[str, dict[int, float]] = {}
+    for accumulator in events:
+        for tag in accumulator.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in accumulator.Scalars(tag)})
+    return found
+
+
+@contextlib.contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dt.Distillation]]:
+    """The `Distillation` of every step that is taken inside."""
+    seen: list[dt.Distillation] = []
+    step = dt.training_step
+
+    def watch(run: dt.Distillation, *args: Any) -> Any:
+        seen.append(run)
+        return step(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dt, "training_step", watch)
+        yield seen
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
+def test_every_level_trains_and_loads(
+    tmp_path: Path, shards: Path, level: str, precision: str, prediction_type: str
+) -> None:
+    teacher = make_pipeline(tmp_path / "teacher", prediction_type=prediction_type)
+    output = tmp_path / "out"
+    train(teacher, shards, output, distill_level=level, mixed_precision=precision, max_train_steps=2)
+    pipeline = DiffusionPipeline.from_pretrained(output)  # plainly, as a user would
+    assert all(part.dtype == torch.float32 for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder))
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    pruned = dt.build_student(UNet2DConditionModel.from_pretrained(teacher, subfolder="unet"), level)
+    assert dt.count_parameters(pipeline.unet) == dt.count_parameters(pruned)
+    moved = [
+        not torch.equal(one, other) for one, other in zip(pipeline.unet.parameters(), pruned.parameters(), strict=True)
+    ]
+    assert sum(moved) > 0.9 * len(moved)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a red circle", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "args.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+    }  # fmt: skip
+
+
+def test_only_the_student_is_trained_and_kept(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    with watched(monkeypatch) as runs:
+        train(
+            teacher, shards, output, distill_level="sd_small", max_train_steps=4, checkpointing_steps=2, use_ema=True
+        )
+    run = runs[0]
+    original = DiffusionPipeline.from_pretrained(teacher)
+    for mine, part in ((run.teacher_unet, "unet"), (run.vae, "vae"), (run.text_encoder, "text_encoder")):
+        assert_equal(mine.state_dict(), getattr(original, part).state_dict())
+        assert not mine.training and not any(parameter.requires_grad for parameter in mine.parameters())
+        assert all(parameter.grad is None for parameter in mine.parameters())
+    student = run.accelerator.unwrap_model(run.unet)
+    optimised = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    assert optimised == {id(parameter) for parameter in student.parameters()}
+    assert run.accelerator._models == [run.unet]
+    checkpoints = {path.name: {part.name for part in path.iterdir()} for path in output.glob("checkpoint-*")}
+    parts = {"unet", "unet_ema", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "trainer_state.json"}
+    assert checkpoints == {"checkpoint-2": parts, "checkpoint-4": parts}
+    loaded = UNet2DConditionModel.from_pretrained(output / "checkpoint-4", subfolder="unet")
+    assert_equal(loaded.state_dict(), student.state_dict() | unet_weights(output / "checkpoint-4" / "unet"))
+    assert loaded.config.layers_per_block == 1
+    assert not any(torch.equal(tensor, other) for tensor, other in zip(
+        unet_weights(output / "checkpoint-2" / "unet").values(),
+        unet_weights(output / "checkpoint-4" / "unet").values(),
+        strict=True,
+    ))  # fmt: skip
+    # The pipeline holds the average, whose last update was 3/13 old and 10/13 new.
+    averages = [unet_weights(output / f"checkpoint-{step}" / "unet_ema") for step in (2, 4)]
+    assert_equal(unet_weights(output / "unet"), averages[1])
+    with pytest.raises(AssertionError):
+        assert_equal(averages[1], unet_weights(output / "checkpoint-4" / "unet"))
+
+
+def test_ema_is_the_average_by_hand(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    train(
+        teacher,
+        shards,
+        output,
+        max_train_steps=3,
+        checkpointing_steps=1,
+        use_ema=True,
+        ema_decay=0.15,
+        foreach_ema=True,
+    )
+    students = [unet_weights(output / f"checkpoint-{step}" / "unet") for step in (1, 2, 3)]
+    for key, saved in unet_weights(output / "unet").items():
+        average = students[0][key]  # the first update takes the student as it is
+        for student in students[1:]:
+            average = 0.15 * average + 0.85 * student[key]  # (1 + 1) / (10 + 1) is above 0.15 already
+        torch.testing.assert_close(saved, average, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, teacher: Path, shards: Path, offload: bool) -> None:
+    settings = {
+        "distill_level": "sd_tiny", "checkpointing_steps": 2, "gradient_accumulation_steps": 2, "random_flip": True,
+        "lr_scheduler": "cosine", "lr_warmup_steps": 1, "use_ema": True, "offload_ema": offload,
+        "report_to": "tensorboard", "proportion_empty_prompts": 0.3,
+        "noise_offset": 0.1, "input_perturbation": 0.1, "num_train_epochs": 1,
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(teacher, shards, whole, max_train_steps=5, **settings)
+    train(teacher, shards, parts, max_train_steps=5, **settings)
+    shutil.rmtree(parts / "checkpoint-4")
+    for name in ("unet", "logs"):  # as if it had been stopped after step 3
+        shutil.rmtree(parts / name)
+    resumed = {"resume_from_checkpoint": "latest"} if offload else {"resume_from_checkpoint": "checkpoint-2"}
+    train(teacher, shards, parts, max_train_steps=5, **{**settings, **resumed, "seed": None})
+    assert_equal(unet_weights(whole / "unet"), unet_weights(parts / "unet"))
+    for name in ("unet", "unet_ema"):
+        assert_equal(*(unet_weights(folder / "checkpoint-4" / name) for folder in (whole, parts)))
+    states = [torch.load(folder / "checkpoint-4" / "optimizer.bin")["state"] for folder in (whole, parts)]
+    for one, other in zip(states[0].values(), states[1].values(), strict=True):
+        assert_equal(one, other)
+    uninterrupted, logged = scalars(whole), scalars(parts)
+    assert set(logged["loss"]) == {3, 4, 5}
+    for tag in logged:
+        assert logged[tag] == {step: uninterrupted[tag][step] for step in (3, 4, 5)}, tag
+
+
+def test_everything_is_logged_for_every_step(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    weights = {"output_weight": 0.7, "feature_weight": 0.3}
+    settings = {"gradient_accumulation_steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 2, "logging_steps": 3}
+    train(teacher, shards, output, max_train_steps=7, report_to="tensorboard", **weights, **settings)
+    logged = scalars(output)
+    pairs = [f"feature_loss/{name}-{name}" for name, _ in dt.feature_pairs("sd_small")]
+    assert set(logged) == {"loss", "task_loss", "output_loss", "feature_loss", "grad_norm", "lr", *pairs}
+    for step in range(1, 8):  # the last lot is not a full one
+        value = {tag: logged[tag][step] for tag in logged}
+        total = value["task_loss"] + 0.7 * value["output_loss"] + 0.3 * value["feature_loss"]
+        assert math.isclose(value["loss"], total, rel_tol=1e-6)
+        assert math.isclose(value["feature_loss"], sum(value[pair] for pair in pairs), rel_tol=1e-6)
+        assert value["grad_norm"] > 0
+        # Linear warm-up over 2 and decay to 7, in optimiser steps whatever the accumulation.
+        factor = (step - 1) / 2 if step <= 2 else (7 - (step - 1)) / 5
+        assert math.isclose(value["lr"], 1e-3 * factor, rel_tol=1e-6)
+
+
+def test_accumulated_terms_are_the_mean_of_the_micro_batches(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = []
+    step = dt.training_step
+
+    def keep(*args: Any) -> Any:
+        terms.append(step(*args))
+        return terms[-1]
+
+    monkeypatch.setattr(dt, "training_step", keep)
+    settings = {"gradient_accumulation_steps": 3, "max_train_steps": 2, "report_to": "tensorboard"}
+    train(teacher, shards, tmp_path / "out", **settings)
+    assert [norm is not None for _, norm in terms] == [False, False, True] * 2
+    logged = scalars(tmp_path / "out")["loss"]
+    for number in (1, 2):
+        mean = torch.stack([value[0] for value, _ in terms[3 * number - 3 : 3 * number]]).mean()
+        assert math.isclose(logged[number], float(mean), rel_tol=1e-6)
+
+
+def test_accumulation_and_checkpointing_do_not_change_the_gradient(
+    tmp_path: Path, teacher: Path, shards: Path
+) -> None:
+    results = []
+    for name, extra in {
+        "plain": {},
+        "checkpointing": {"gradient_checkpointing": True},
+        "workers": {"dataloader_num_workers": 2},
+    }.items():
+        train(teacher, shards, tmp_path / name, distill_level="sd_tiny", max_train_steps=2, **extra)
+        results.append(unet_weights(tmp_path / name / "unet"))
+    for other in results[1:]:
+        assert_equal(results[0], other)
+
+
+def test_without_distillation_the_teacher_is_not_loaded(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_pipeline(tmp_path / "teacher")
+    student = tmp_path / "student"
+    train(teacher, shards, student, distill_level="sd_tiny", max_train_steps=1)
+    (teacher / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not to be read")
+    model_index = json.loads((teacher / "model_index.json").read_text())
+    with watched(monkeypatch) as runs, pytest.raises(ValueError):
+        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", student_model_name_or_path=student)
+    assert not runs and not (tmp_path / "out").exists()
+    monkeypatch.setattr(dt, "save_pipeline", lambda *_: None)  # it reads the teacher's folder, unet replaced
+    with watched(monkeypatch) as runs:
+        settings = {
+            "output_weight": 0,
+            "feature_weight": 0,
+            "student_model_name_or_path": student,
+            "max_train_steps": 2,
+        }
+        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", validation_prompts=["a circle"], **settings)
+    assert runs[0].teacher_unet is None and runs[0].student_tap is None
+    assert not any(module._forward_hooks for module in runs[0].unet.modules())
+    assert Image.open(tmp_path / "out" / "validation" / "step-2.png").size == (64, 64)
+    assert model_index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_student_of_another_level_is_refused(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    train(teacher, shards, tmp_path / "tiny", distill_level="sd_tiny", max_train_steps=1)
+    with pytest.raises(dt.UserError, match="--student_model_name_or_path holds no sd_small student of this teacher"):
+        train(
+            teacher, shards, tmp_path / "out", distill_level="sd_small", student_model_name_or_path=tmp_path / "tiny"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_hooks_exist_only_for_the_feature_loss(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks: list[int] = []
+    step, paint = dt.training_step, dt.generate_images
+
+    def count(run: dt.Distillation, *args: Any) -> Any:
+        nets = [net for net in (run.unet, run.teacher_unet) if net is not None]
+        hooks.append(sum(len(module._forward_hooks) for net in nets for module in net.modules()))
+        result = step(run, *args)
+        taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap is not None]
+        kept.append([feature for tap in taps for feature in tap._features])
+        taps_seen.extend(taps)
+        return result
+
+    def look(*args: Any) -> Any:
+        pictures = paint(*args)
+        kept.append([feature for tap in taps_seen for feature in tap._features])
+        return pictures
+
+    kept: list[list[Any]] = []
+    taps_seen: list[dt.FeatureTap] = []
+    monkeypatch.setattr(dt, "training_step", count)
+    monkeypatch.setattr(dt, "generate_images", look)
+    train(teacher, shards, tmp_path / "output-only", feature_weight=0, max_train_steps=1)
+    assert hooks == [0]
+    train(teacher, shards, tmp_path / "both", max_train_steps=1, validation_prompts=["a circle"])
+    assert hooks == [0, 18]
+    # Neither a step nor a validation leaves a feature behind.
+    assert len(kept[-1]) == 18 and not any(feature is not None for features in kept for feature in features)
+
+
+def test_a_half_precision_teacher_folder_gives_a_float32_pipeline(tmp_path: Path, shards: Path) -> None:
+    teacher = make_pipeline(tmp_path / "teacher", half=True)
+    assert load_file(teacher / "text_encoder" / "model.safetensors")["final_layer_norm.weight"].dtype == torch.float16
+    train(teacher, shards, tmp_path / "out", max_train_steps=1, validation_prompts=["a circle"])
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        tensors = load_file(tmp_path / "out" / part / f"{name}.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values() if tensor.is_floating_point())
+    DiffusionPipeline.from_pretrained(tmp_path / "out")("a", num_inference_steps=1, height=64, width=64)
+
+
+def test_prediction_type_is_kept_in_the_saved_scheduler(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    train(teacher, shards, tmp_path / "out", max_train_steps=1, prediction_type="v_prediction")
+    assert (
+        json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    )
+
+
+def test_validation_shows_teacher_and_student(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    settings = {"validation_prompts": ["a circle", "a square"], "num_validation_images": 2, "validation_steps": 2}
+    train(teacher, shards, output, max_train_steps=3, learning_rate=1e-2, report_to="tensorboard", **settings)
+    grids = {path.name: Image.open(path) for path in (output / "validation").iterdir()}
+    assert set(grids) == {"step-0.png", "step-2.png", "step-3.png"}
+    assert all(grid.size == (4 * 64, 2 * 64) for grid in grids.values())
+    rows = {name: [grid.crop((0, y, 256, y + 64)).tobytes() for y in (0, 64)] for name, grid in grids.items()}
+    assert len({teacher_row for teacher_row, _ in rows.values()}) == 1
+    assert len({student_row for _, student_row in rows.values()}) == 3
+    events = EventAccumulator(str(next(output.rglob("events.out*")).parent)).Reload()
+    assert [image.step for image in events.Images("validation")] == [0, 2, 3]
+    card = (output / "README.md").read_text()
+    assert "val_imgs_grid.png" in card and (output / "val_imgs_grid.png").exists()
+    assert "a circle; a square" in card and "Final feature_loss" in card
+
+
+def test_settings_and_a_drawn_seed_are_written(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    train(teacher, shards, output, seed=None, max_train_steps=1, checkpointing_steps=1, hub_token="hf_secret")
+    written = json.loads((output / "args.json").read_text())
+    state = json.loads((output / "checkpoint-1" / "trainer_state.json").read_text())
+    assert written["seed"] == state["seed"] and isinstance(written["seed"], int)
+    assert state["global_step"] == 1 and written["distill_level"] == "sd_small"
+    assert not any(b"hf_secret" in path.read_bytes() for path in output.rglob("*") if path.is_file())
+    assert f"`seed`: {written['seed']}" in (output / "README.md").read_text()
+
+
+def test_checkpoints_are_rotated(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    train(teacher, shards, tmp_path / "out", max_train_steps=4, **settings)
+    assert [path.name for path in dt.list_checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    settings = {"learning_rate": 1e30, "checkpointing_steps": 3, "max_train_steps": 9, "logging_steps": 50}
+    with pytest.raises(dt.TrainingError, match=r"at step 2 .*task_loss is (nan|inf).*there is no checkpoint yet"):
+        train(teacher, shards, tmp_path / "none", **settings)
+    assert dt.list_checkpoints(tmp_path / "none") == []  # weights that are lost are not saved
+    with pytest.raises(dt.TrainingError, match=r"at step 2 .*loss is (nan|inf).*go on from .*checkpoint-1"):
+        train(teacher, shards, tmp_path / "one", **{**settings, "checkpointing_steps": 1})
+
+
+def test_broken_samples_do_not_stop_a_run(tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = [{"png": data, "txt": text.encode()} for data, text in toy_pictures(6)]
+    write_tar(
+        tmp_path / "data" / "0.tar", [*good, {"png": b"broken", "txt": b"a"}, {"png": good[0]["png"], "txt": b" "}]
+    )
+    train(teacher, tmp_path / "data", tmp_path / "out", max_train_steps=4, dataloader_num_workers=2)
+    assert "Samples replaced = 1 with a broken image, 1 with an empty caption" in caplog.text
+
+
+DRIVER = """
+import hashlib, json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import distill_training as dt
+targets, runs = [], []
+loss, step = dt.distillation_loss, dt.training_step
+def keep_target(student, teacher, target, *args, **kwargs):
+    targets.append(float(target.double().sum()))
+    return loss(student, teacher, target, *args, **kwargs)
+def keep_run(run, *args):
+    runs.append(run)
+    return step(run, *args)
+dt.distillation_loss, dt.training_step = keep_target, keep_run
+dt.main(dt.parse_args())
+weights = torch.cat([p.detach().double().flatten() for p in runs[-1].unet.parameters()])
+rank = runs[-1].accelerator.process_index
+seen = {"targets": targets, "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+        "processes": runs[-1].accelerator.num_processes, "wrapped": type(runs[-1].unet).__name__,
+        "teacher": type(runs[-1].teacher_unet).__name__}
+open(os.path.join(os.environ["SEEN"], f"rank-{rank}.json"), "w").write(json.dumps(seen))
+"""
+
+
+def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    output = tmp_path / "out"
+    settings = {"max_train_steps": 4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
+    line = flags(teacher, shards, output, checkpointing_steps=2, report_to="tensorboard", use_ema=True, **settings)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "SEEN": str(tmp_path)}
+    command = [*launch, str(tmp_path / "driver.py"), str(ROOT), *line]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [seen["processes"] for seen in ranks] == [2, 2]
+    assert ranks[0]["wrapped"] == "DistributedDataParallel" and ranks[0]["teacher"] == "UNet2DConditionModel"
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    noise = ranks[0]["targets"] + ranks[1]["targets"]
+    assert len(noise) == 16 and len(set(noise)) == 16  # no rank and no step shares its noise with another
+    logged = scalars(output)
+    assert set(logged["loss"]) == {1, 2, 3, 4}
+    for step in range(1, 5):  # the schedule counts optimiser steps, not processes times steps
+        assert math.isclose(logged["lr"][step], 1e-3 * (5 - step) / 4, rel_tol=1e-6)
+    checkpoint = output / "checkpoint-2"
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in checkpoint.iterdir()}
+    assert UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").config.layers_per_block == 1
+
+
+def test_the_example_of_the_first_document_runs(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    command = f"""accelerate launch --mixed_precision="no" {SCRIPT}
+      --pretrained_model_name_or_path={teacher} --train_data_dir={shards} --use_ema
+      --resolution=64 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4
+      --gradient_checkpointing --max_train_steps=2 --distill_level=sd_small --output_weight=0.5 --feature-weight=0.5
+      --learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0
+      --output_dir={tmp_path / "out"}"""
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    line = command.replace('"', "").split()
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "loaded back and equal to what was trained" in done.stderr
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.layers_per_block == 1
+
+
+def test_streaming_trains(tmp_path: Path, teacher: Path) -> None:
+    import datasets
+
+    columns = {
+        "image": [{"bytes": data, "path": None} for data, _ in toy_pictures(8)],
+        "text": [[text, "another"] for _, text in toy_pictures(8)],
+    }
+    features = {"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "table" / "train.parquet")
+    settings = {"dataset_name": tmp_path / "table", "streaming": True, "dataloader_num_workers": 2}
+    train(teacher, None, tmp_path / "out", max_train_steps=6, cache_dir=tmp_path / "cache", **settings)
+    assert (tmp_path / "out" / "model_index.json").exists()
