@@ -201,6 +201,9 @@ def student_unet_config(teacher_config: Mapping[str, Any], level: str) -> dict[s
     row = DISTILL_LEVELS[level]
     config = _complete_unet_config(teacher_config)
     kept_levels = len(config["block_out_channels"]) - row.removed_levels
+    widths = config["block_out_channels"][kept_levels - 1 :]
+    if len(set(widths)) > 1 and row.removed_levels:  # what comes out of the innermost kept level takes its place
+        raise UserError(f"The teacher's block_out_channels end in {list(widths)}; {level} needs those to be equal.")
     for key in PER_LEVEL_KEYS:
         if isinstance(config[key], (list, tuple)):
             config[key] = config[key][:kept_levels]
@@ -250,13 +253,14 @@ def check_student(student: UNet2DConditionModel, teacher_config: Mapping[str, An
             f"--student_model_name_or_path holds no {level} student of this teacher: {len(differing)} tensors "
             f"differ, the first being {key} ({found.get(key, 'absent')} instead of {wanted.get(key, 'absent')})."
         )
-    heads = [[list(np.ravel(net.config[key])) for net in (student, expected)] for key in ("attention_head_dim",)]
     levels = len(expected.config.block_out_channels)
-    if any(np.any(np.broadcast_to(mine, levels) != np.broadcast_to(theirs, levels)) for mine, theirs in heads):
-        raise UserError(
-            f"--student_model_name_or_path has attention_head_dim={student.config.attention_head_dim}; "
-            f"a {level} student of this teacher has {expected.config.attention_head_dim}."
-        )
+    for key in ("attention_head_dim", "norm_num_groups"):  # no tensor's shape depends on these
+        mine, theirs = (np.broadcast_to(net.config[key], levels).tolist() for net in (student, expected))
+        if mine != theirs:
+            raise UserError(
+                f"--student_model_name_or_path has {key}={student.config[key]}; a {level} student of this teacher "
+                f"has {expected.config[key]}."
+            )
 
 
 def feature_pairs(level: str) -> list[tuple[str, str]]:
@@ -403,7 +407,7 @@ def image_transforms(
     """
     return v2.Compose(
         [
-            v2.Resize(resolution, interpolation=InterpolationMode(interpolation)),
+            v2.Resize(resolution, interpolation=InterpolationMode[interpolation.upper()]),
             v2.CenterCrop(resolution) if center_crop else v2.RandomCrop(resolution),
             v2.RandomHorizontalFlip() if random_flip else v2.Identity(),
             v2.ToImage(),
@@ -1017,9 +1021,12 @@ class MetricLog:
 # Checkpoints: student, EMA, optimiser, schedule, and the random state of every process.
 
 
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The folders `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
 
 
@@ -1035,7 +1042,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     if resume == "latest":
         return checkpoints[-1] if checkpoints else None
     for path in (Path(output_dir) / resume, Path(resume)):
-        if path.is_dir():
+        if path.is_dir() and CHECKPOINT_NAME.fullmatch(path.name):
             return path
     there = ", ".join(path.name for path in checkpoints) or "none"
     raise FileNotFoundError(
@@ -1324,7 +1331,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}", dtype=torch.float16).to("cuda")
-image = pipeline("{(args.validation_prompts or ["a photo of a cat"])[0]}").images[0]
+image = pipeline({json.dumps((args.validation_prompts or ["a photo of a cat"])[0])}).images[0]
 image.save("image.png")
 ```
 
@@ -1396,7 +1403,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--resolution", type=int, default=512, help="Side of the training images in pixels.")
     flag("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
     flag("--random_flip", action="store_true", help="Mirror half of the images.")
-    interpolations = [mode.value for mode in InterpolationMode]
+    interpolations = [mode.name.lower() for mode in InterpolationMode]
     flag("--image_interpolation_mode", choices=interpolations, default="lanczos", help="How images are resized.")
     flag("--proportion_empty_prompts", type=float, default=0.0, help="Share of captions that are left empty.")
     flag("--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0 loads in the main one.")
@@ -1463,7 +1470,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 BOUNDS: list[tuple[str, str, Callable[[float], bool]]] = [
     *((name, "at least 0", lambda value: 0 <= value < math.inf) for name in (
         "output_weight", "feature_weight", "noise_offset", "input_perturbation", "dataloader_num_workers",
-        "lr_warmup_steps", "adam_weight_decay", "seed",
+        "lr_warmup_steps", "adam_weight_decay",
     )),
     *((name, "at least 1", lambda value: value >= 1) for name in (
         "max_train_samples", "resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -1474,6 +1481,7 @@ BOUNDS: list[tuple[str, str, Callable[[float], bool]]] = [
         "learning_rate", "adam_epsilon", "max_grad_norm",
     )),
     *((name, "from 0 to below 1", lambda value: 0 <= value < 1) for name in ("adam_beta1", "adam_beta2", "ema_decay")),
+    ("seed", "from 0 to 4294967295", lambda value: 0 <= value < 2**32),
     ("proportion_empty_prompts", "from 0 to 1", lambda value: 0 <= value <= 1),
 ]  # fmt: skip
 
@@ -1541,11 +1549,12 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder} is not a folder."]
     try:
-        if find_checkpoint(folder, args.resume_from_checkpoint) is not None:
-            return []
+        resumed = find_checkpoint(folder, args.resume_from_checkpoint)
     except FileNotFoundError as error:
         return [str(error)]
     checkpoints = list_checkpoints(folder)
+    if resumed is not None and resumed.resolve().parent == folder.resolve():
+        return []
     if checkpoints:
         return [
             f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): go on with "

@@ -392,19 +392,21 @@ import hashlib, json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch
 import distill_training as dt
-targets, runs = [], []
+targets, runs, weights = [], [], []
 loss, step = dt.distillation_loss, dt.training_step
 def keep_target(student, teacher, target, *args, **kwargs):
     targets.append(float(target.double().sum()))
     return loss(student, teacher, target, *args, **kwargs)
 def keep_run(run, *args):
+    result = step(run, *args)
     runs.append(run)
-    return step(run, *args)
+    flat = torch.cat([parameter.detach().flatten() for parameter in run.unet.parameters()])
+    weights.append(hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+    return result
 dt.distillation_loss, dt.training_step = keep_target, keep_run
 dt.main(dt.parse_args())
-weights = torch.cat([p.detach().double().flatten() for p in runs[-1].unet.parameters()])
 rank = runs[-1].accelerator.process_index
-seen = {"targets": targets, "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+seen = {"targets": targets, "weights": weights,
         "processes": runs[-1].accelerator.num_processes, "wrapped": type(runs[-1].unet).__name__,
         "teacher": type(runs[-1].teacher_unet).__name__}
 open(os.path.join(os.environ["SEEN"], f"rank-{rank}.json"), "w").write(json.dumps(seen))
@@ -424,7 +426,7 @@ def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: 
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert [seen["processes"] for seen in ranks] == [2, 2]
     assert ranks[0]["wrapped"] == "DistributedDataParallel" and ranks[0]["teacher"] == "UNet2DConditionModel"
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["weights"] == ranks[1]["weights"] and len(set(ranks[0]["weights"])) == 5
     noise = ranks[0]["targets"] + ranks[1]["targets"]
     assert len(noise) == 16 and len(set(noise)) == 16  # no rank and no step shares its noise with another
     logged = scalars(output)

@@ -1,0 +1,526 @@
+"""Every flag, and one clear sentence with exit code 2 for every mistake, before anything is written."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from conftest import SCRIPT, make_pipeline, run_script, toy_pictures, write_imagefolder
+from torchvision.transforms import InterpolationMode
+
+import distill_training as dt
+
+# The flags of diffusers' examples/text_to_image/train_text_to_image.py, each with a value (None for a switch) and
+# what it must come to.
+ACCEPTED: list[tuple[str, str | None, object]] = [
+    ("pretrained_model_name_or_path", "someone/model", "someone/model"),
+    ("revision", "main", "main"),
+    ("variant", "fp16", "fp16"),
+    ("dataset_name", "someone/pictures", "someone/pictures"),
+    ("dataset_config_name", "default", "default"),
+    ("train_data_dir", "{shards}", "{shards}"),
+    ("image_column", "picture", "picture"),
+    ("caption_column", "caption", "caption"),
+    ("max_train_samples", "7", 7),
+    ("output_dir", "{root}/new", "{root}/new"),
+    ("cache_dir", "cache", "cache"),
+    ("seed", "0", 0),
+    ("resolution", "256", 256),
+    ("center_crop", None, True),
+    ("random_flip", None, True),
+    ("train_batch_size", "3", 3),
+    ("num_train_epochs", "2", 2),
+    ("max_train_steps", "9", 9),
+    ("gradient_accumulation_steps", "4", 4),
+    ("gradient_checkpointing", None, True),
+    ("learning_rate", "1e-5", 1e-5),
+    ("scale_lr", None, True),
+    ("lr_scheduler", "cosine", "cosine"),
+    ("lr_warmup_steps", "0", 0),
+    ("use_8bit_adam", None, True),
+    ("allow_tf32", None, True),
+    ("use_ema", None, True),
+    ("offload_ema", None, True),
+    ("foreach_ema", None, True),
+    ("dataloader_num_workers", "2", 2),
+    ("adam_beta1", "0.8", 0.8),
+    ("adam_beta2", "0.99", 0.99),
+    ("adam_weight_decay", "0", 0.0),
+    ("adam_epsilon", "1e-6", 1e-6),
+    ("max_grad_norm", "2.5", 2.5),
+    ("push_to_hub", None, True),
+    ("hub_token", "hf_secret", "hf_secret"),
+    ("prediction_type", "v_prediction", "v_prediction"),
+    ("hub_model_id", "me/mine", "me/mine"),
+    ("logging_dir", "log", "log"),
+    ("mixed_precision", "bf16", "bf16"),
+    ("report_to", "tensorboard", "tensorboard"),
+    ("local_rank", "1", 1),
+    ("checkpointing_steps", "5", 5),
+    ("checkpoints_total_limit", "1", 1),
+    ("resume_from_checkpoint", "latest", "latest"),
+    ("noise_offset", "0.1", 0.1),
+    ("tracker_project_name", "mine", "mine"),
+    ("input_perturbation", "0.1", 0.1),
+    ("image_interpolation_mode", "bicubic", "bicubic"),
+    ("validation_prompts", "a red circle", ["a red circle"]),
+]
+REFUSED: list[tuple[str, str | None, str]] = [
+    ("snr_gamma", "5.0", "was removed"),
+    ("validation_epochs", "5", "is replaced by --validation_steps"),
+    ("enable_xformers_memory_efficient_attention", None, "SDPA"),
+    ("non_ema_revision", "main", "--student_model_name_or_path"),
+    ("dream_training", None, "--output_weight and --feature_weight"),
+    ("dream_detail_preservation", "1.0", "--dream_training"),
+]
+DIFFUSERS_FLAGS = """
+    pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir image_column
+    caption_column max_train_samples validation_prompts output_dir cache_dir seed resolution center_crop random_flip
+    train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
+    scale_lr lr_scheduler lr_warmup_steps snr_gamma dream_training dream_detail_preservation use_8bit_adam allow_tf32
+    use_ema offload_ema foreach_ema non_ema_revision dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay
+    adam_epsilon max_grad_norm push_to_hub hub_token prediction_type hub_model_id logging_dir mixed_precision report_to
+    local_rank checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    enable_xformers_memory_efficient_attention noise_offset validation_epochs tracker_project_name input_perturbation
+    image_interpolation_mode
+""".split()
+
+AT_LEAST_0 = "at least 0", ["-1"], ["0"]
+AT_LEAST_0_REAL = "at least 0", ["-1", "-0.001", "nan", "inf"], ["0", "0.5", "20"]
+AT_LEAST_1 = "at least 1", ["0", "-3"], ["1"]
+MORE_THAN_0 = "more than 0", ["0", "-1e-4", "nan", "inf"], ["1e-9", "3"]
+BELOW_1 = "from 0 to below 1", ["-0.1", "1", "1.5", "nan"], ["0", "0.9999"]
+BOUNDS: dict[str, tuple[str, list[str], list[str]]] = {
+    "output_weight": AT_LEAST_0_REAL,
+    "feature_weight": AT_LEAST_0_REAL,
+    "noise_offset": AT_LEAST_0_REAL,
+    "input_perturbation": AT_LEAST_0_REAL,
+    "adam_weight_decay": AT_LEAST_0_REAL,
+    "dataloader_num_workers": AT_LEAST_0,
+    "lr_warmup_steps": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "max_train_samples": AT_LEAST_1,
+    "train_batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "num_train_epochs": AT_LEAST_1,
+    "max_train_steps": AT_LEAST_1,
+    "logging_steps": AT_LEAST_1,
+    "validation_steps": AT_LEAST_1,
+    "num_validation_images": AT_LEAST_1,
+    "checkpointing_steps": AT_LEAST_1,
+    "checkpoints_total_limit": AT_LEAST_1,
+    "resolution": ("at least 1", ["0", "-8"], ["8", "64", "512"]),
+    "learning_rate": MORE_THAN_0,
+    "adam_epsilon": MORE_THAN_0,
+    "max_grad_norm": MORE_THAN_0,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "ema_decay": BELOW_1,
+    "proportion_empty_prompts": ("from 0 to 1", ["-0.1", "1.1", "nan"], ["0", "0.1", "1"]),
+}
+
+# (flags, data flags, the sentence). {names} are the folders of `world`.
+DATA = ["--train_data_dir", "{shards}"]
+BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
+    "odd resolution": (
+        ["--resolution", "100"],
+        DATA,
+        "--resolution must be a multiple of 8, the VAE's factor, got 100",
+    ),
+    "seed too large": (["--seed", str(2**32)], DATA, "--seed must be"),
+    "no data": ([], [], "Give either --dataset_name or --train_data_dir, and not both."),
+    "both data": (["--dataset_name", "someone/pictures"], DATA, "Give either --dataset_name or --train_data_dir"),
+    "data absent": ([], ["--train_data_dir", "{root}/absent"], "--train_data_dir {root}/absent is not a folder."),
+    "data a file": ([], ["--train_data_dir", "{root}/file"], "--train_data_dir {root}/file is not a folder."),
+    "data without images": (
+        [],
+        ["--train_data_dir", "{root}/notes"],
+        "--train_data_dir {root}/notes holds neither *.tar shards nor images.",
+    ),
+    "streaming a folder": (
+        ["--streaming", "--max_train_steps", "5"],
+        DATA,
+        "--streaming goes with --dataset_name only: local data is read in place",
+    ),
+    "streaming without end": (
+        ["--streaming"],
+        ["--dataset_name", "someone/pictures"],
+        "--streaming needs --max_train_steps",
+    ),
+    "model absent": (
+        ["--pretrained_model_name_or_path", "{root}/absent"],
+        DATA,
+        "--pretrained_model_name_or_path {root}/absent is neither a folder nor a name on the hub.",
+    ),
+    "model a file": (
+        ["--pretrained_model_name_or_path", "{root}/file"],
+        DATA,
+        "--pretrained_model_name_or_path {root}/file is neither a folder nor a name on the hub.",
+    ),
+    "model of one part": (
+        ["--pretrained_model_name_or_path", "{root}/notes"],
+        DATA,
+        "--pretrained_model_name_or_path {root}/notes holds no model_index.json",
+    ),
+    "student absent": (
+        ["--student_model_name_or_path", "{root}/absent"],
+        DATA,
+        "--student_model_name_or_path {root}/absent is neither a folder nor a name on the hub.",
+    ),
+    "output a file": (["--output_dir", "{root}/file"], DATA, "--output_dir {root}/file is not a folder."),
+    "output with checkpoints": (
+        ["--output_dir", "{root}/stopped"],
+        DATA,
+        "--output_dir {root}/stopped holds another run's checkpoints (checkpoint-10): go on with "
+        "--resume_from_checkpoint latest",
+    ),
+    "output finished": (
+        ["--output_dir", "{root}/finished"],
+        DATA,
+        "--output_dir {root}/finished holds a finished pipeline",
+    ),
+    "output finished, resuming": (
+        ["--output_dir", "{root}/finished", "--resume_from_checkpoint", "latest"],
+        DATA,
+        "--output_dir {root}/finished holds a finished pipeline",
+    ),
+    "output finished, resuming another": (
+        ["--output_dir", "{root}/finished", "--resume_from_checkpoint", "{root}/stopped/checkpoint-2"],
+        DATA,
+        "--output_dir {root}/finished holds a finished pipeline",
+    ),
+    "output with checkpoints, resuming another": (
+        ["--output_dir", "{root}/stopped", "--resume_from_checkpoint", "{root}/other/checkpoint-5"],
+        DATA,
+        "--output_dir {root}/stopped holds another run's checkpoints",
+    ),
+    "output with a README": (["--output_dir", "{root}/foreign"], DATA, "--output_dir {root}/foreign holds README.md"),
+    "output with a model": (["--output_dir", "{root}/part"], DATA, "--output_dir {root}/part holds unet"),
+    "checkpoint absent": (
+        ["--output_dir", "{root}/stopped", "--resume_from_checkpoint", "checkpoint-7"],
+        DATA,
+        "--resume_from_checkpoint checkpoint-7 does not exist; the checkpoints in {root}/stopped are: "
+        "checkpoint-2, checkpoint-10.",
+    ),
+    "no checkpoint there": (
+        ["--resume_from_checkpoint", "checkpoint-7"],
+        DATA,
+        "--resume_from_checkpoint checkpoint-7 does not exist; the checkpoints in {root}/new are: none.",
+    ),
+    "unknown tracker": (["--report_to", "abacus"], DATA, "--report_to must be one of "),
+    "tracker not installed": (["--report_to", "{tracker}"], DATA, "--report_to {tracker} is not installed"),
+    "token shown": (["--hub_token", "hf_secret", "--report_to", "all"], DATA, "--hub_token would be shown by wandb"),
+    "offload without EMA": (["--offload_ema"], DATA, "--offload_ema needs --use_ema."),
+    "foreach without EMA": (["--foreach_ema"], DATA, "--foreach_ema needs --use_ema."),
+    "prepare_unet": (["--prepare_unet", "True"], DATA, "--prepare_unet was removed"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, teacher: Path, shards: Path) -> dict[str, str]:
+    """Folders of a user's that no mistake may change."""
+    root = tmp_path_factory.mktemp("world")
+    for path in (
+        "file",
+        "notes/notes.txt",
+        "stopped/checkpoint-2/trainer_state.json",
+        "stopped/checkpoint-10/trainer_state.json",
+        "stopped/args.json",
+        "other/checkpoint-5/trainer_state.json",
+        "finished/model_index.json",
+        "foreign/README.md",
+        "part/unet/config.json",
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("{}")
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    tracker = next(name for name in LOGGER_TYPE_TO_CLASS if name not in installed)
+    return {"root": str(root), "teacher": str(teacher), "shards": str(shards), "tracker": tracker}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first accelerator for good."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def snapshot(*folders: str | Path) -> dict[Path, bytes | None]:
+    paths = [path for folder in folders for path in Path(folder).rglob("*")]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def command_line(world: dict[str, str], flags: list[str], data: list[str] = DATA) -> list[str]:
+    line = ["--pretrained_model_name_or_path", "{teacher}", "--output_dir", "{root}/new", *data, *flags]
+    return [part.format(**world) for part in line]
+
+
+def complaints(capsys: pytest.CaptureFixture[str], line: list[str]) -> list[str]:
+    """The sentences that these flags are answered with."""
+    with pytest.raises(SystemExit) as stopped:
+        dt.parse_args(line)
+    assert stopped.value.code == 2
+    usage, head, *sentences = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: accelerate launch distill_training.py") and len(usage) < 119
+    assert head.endswith("error: ") or not sentences
+    return [sentence.strip() for sentence in sentences] or [head.partition("error: ")[2]]
+
+
+def test_the_plain_command_line_is_right(world: dict[str, str]) -> None:
+    """What all rows below add their mistake to."""
+    args = dt.parse_args(command_line(world, []))
+    assert (args.distill_level, args.output_weight, args.feature_weight) == ("sd_small", 0.5, 0.5)
+    assert not hasattr(args, "refused")
+
+
+def test_flag_list_is_whole() -> None:
+    assert len(DIFFUSERS_FLAGS) == 57
+    assert sorted(DIFFUSERS_FLAGS) == sorted(name for name, *_ in [*ACCEPTED, *REFUSED])
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), ACCEPTED, ids=[name for name, *_ in ACCEPTED])
+def test_diffusers_flag_is_accepted(
+    world: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    value: str | None,
+    expected: object,
+) -> None:
+    flags = [f"--{name}"] + ([] if value is None else [value])
+    if name in ("offload_ema", "foreach_ema"):
+        flags.append("--use_ema")
+    if name == "use_8bit_adam":  # only looked for here, not imported
+        (tmp_path / "bitsandbytes.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    data = [] if name == "dataset_name" else DATA
+    args = dt.parse_args(command_line(world, flags, data))
+    assert getattr(args, name) == (expected.format(**world) if isinstance(expected, str) else expected)
+
+
+@pytest.mark.parametrize(("name", "value", "replacement"), REFUSED, ids=[name for name, *_ in REFUSED])
+def test_diffusers_flag_is_refused(
+    capsys: pytest.CaptureFixture[str], world: dict[str, str], name: str, value: str | None, replacement: str
+) -> None:
+    flags = [f"--{name}"] + ([] if value is None else [value])
+    for line in (flags, [*flags, "--seed", "3"], ["=".join(flags)]):
+        (sentence,) = complaints(capsys, command_line(world, line))
+        assert sentence.startswith(f"--{name} ") and replacement in sentence and sentence.endswith(".")
+
+
+def test_every_interpolation_mode_of_diffusers_is_accepted(world: dict[str, str]) -> None:
+    for mode in InterpolationMode:
+        dt.parse_args(command_line(world, ["--image_interpolation_mode", mode.name.lower()]))
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_every_schedule_of_diffusers_is_accepted(world: dict[str, str], schedule: str) -> None:
+    assert dt.parse_args(command_line(world, ["--lr_scheduler", schedule])).lr_scheduler == schedule
+
+
+def test_feature_weight_is_spelled_either_way(world: dict[str, str]) -> None:
+    for spelling in (["--feature-weight", "0.25"], ["--feature-weight=0.25"], ["--feature_weight", "0.25"]):
+        assert dt.parse_args(command_line(world, spelling)).feature_weight == 0.25
+
+
+def test_levels_come_from_the_table(capsys: pytest.CaptureFixture[str], world: dict[str, str]) -> None:
+    for level in dt.DISTILL_LEVELS:
+        assert dt.parse_args(command_line(world, ["--distill_level", level])).distill_level == level
+    (sentence,) = complaints(capsys, command_line(world, ["--distill_level", "sd_tniy"]))
+    assert "--distill_level" in sentence and "sd_tniy" in sentence
+    assert all(level in sentence for level in ("sd_small", "bk_small", "sd_tiny"))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds(capsys: pytest.CaptureFixture[str], world: dict[str, str], name: str) -> None:
+    allowed, bad, good = BOUNDS[name]
+    for value in bad:
+        (sentence,) = complaints(capsys, command_line(world, [f"--{name}={value}"]))
+        rule, _, got = sentence.removesuffix(".").partition(", got ")
+        assert rule == f"--{name} must be {allowed}"
+        assert str(float(got)) == str(float(value))
+    for value in good:
+        assert getattr(dt.parse_args(command_line(world, [f"--{name}={value}"])), name) == float(value)
+
+
+def test_every_number_has_a_bound() -> None:
+    args = dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--output_dir", "unused"])
+    numbers = {key for key, value in vars(args).items() if isinstance(value, (int, float)) and value is not False}
+    unset = {"max_train_steps", "max_train_samples", "checkpoints_total_limit", "seed"}
+    assert (numbers | unset) - {"local_rank"} == set(BOUNDS)
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(capsys: pytest.CaptureFixture[str], world: dict[str, str], name: str) -> None:
+    flags, data, expected = BAD_INPUT[name]
+    before = snapshot(world["root"])
+    (sentence,) = complaints(capsys, command_line(world, flags, data))
+    assert sentence.startswith(expected.format(**world))
+    assert sentence.endswith(".") or "must be one of" in sentence
+    assert snapshot(world["root"]) == before
+
+
+def test_bitsandbytes_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: dict[str, str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    (sentence,) = complaints(capsys, command_line(world, ["--use_8bit_adam"]))
+    assert sentence == "--use_8bit_adam needs bitsandbytes: pip install bitsandbytes."
+
+
+def test_all_mistakes_are_reported_at_once(capsys: pytest.CaptureFixture[str], world: dict[str, str]) -> None:
+    before = snapshot(world["root"])
+    flags = ["--output_weight", "-1", "--snr_gamma", "5", "--resolution", "100", "--validation_steps", "0"]
+    flags += ["--validation_epochs", "2", "--output_dir", "{root}/stopped", "--report_to", "abacus", "--offload_ema"]
+    found = complaints(capsys, command_line(world, flags, []))
+    named = [sentence.split()[0] for sentence in found]
+    expected = ["--snr_gamma", "--validation_epochs", "--output_weight", "--validation_steps", "--resolution", "Give"]
+    assert sorted(named) == sorted([*expected, "--output_dir", "--offload_ema", "--report_to"])
+    assert snapshot(world["root"]) == before
+
+
+@pytest.mark.parametrize(
+    "flags", [["--nonsense"], ["--feature_weigh", "1"], ["--output_w", "1"], ["--train_data", "x"], ["--use_em"]]
+)
+def test_unknown_and_shortened_flags_are_refused(
+    capsys: pytest.CaptureFixture[str], world: dict[str, str], flags: list[str]
+) -> None:
+    (sentence,) = complaints(capsys, command_line(world, flags))
+    assert sentence == f"unrecognized arguments: {' '.join(flags)}"
+
+
+def test_teacher_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    (sentence,) = complaints(capsys, ["--dataset_name", "a/b"])
+    assert sentence.endswith("required: --pretrained_model_name_or_path")
+
+
+def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        dt.parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name, *_ in ACCEPTED:
+        assert f"--{name}" in text
+    for name, *_ in REFUSED:
+        assert f"--{name} " not in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--output_dir", "{root}/stopped", "--resume_from_checkpoint", "latest"],
+        ["--output_dir", "{root}/stopped", "--resume_from_checkpoint", "checkpoint-2"],
+        ["--output_dir", "{root}/stopped", "--resume_from_checkpoint", "{root}/stopped/checkpoint-2"],
+        ["--output_dir", "{root}/new", "--resume_from_checkpoint", "{root}/stopped/checkpoint-2"],
+        ["--output_dir", "{root}/new", "--resume_from_checkpoint", "latest"],
+    ],
+    ids=["latest", "name", "path", "path-elsewhere", "latest-of-none"],
+)
+def test_resuming_is_accepted(world: dict[str, str], flags: list[str]) -> None:
+    dt.parse_args(command_line(world, flags))
+
+
+def test_token_is_no_public_setting(world: dict[str, str]) -> None:
+    args = dt.parse_args(command_line(world, ["--hub_token", "hf_secret", "--hub_model_id", "me/mine"]))
+    public = dt.public_args(args)
+    assert "hf_secret" not in repr(public)
+    assert public["hub_model_id"] == "me/mine"
+    assert args.hub_token == "hf_secret"  # still there for the upload
+    assert set(vars(args)) - set(public) == {"hub_token"}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What only the models and the data show.
+
+
+def refusal(world: dict[str, str], tmp_path: Path, flags: list[str]) -> str:
+    output = tmp_path / "output"
+    args = dt.parse_args(command_line(world, ["--output_dir", str(output), "--resolution", "64", *flags]))
+    before = snapshot(tmp_path)
+    with pytest.raises(dt.UserError) as refused:
+        dt.main(args)
+    assert snapshot(tmp_path) == before and not output.exists()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_pipeline_of_another_class_is_refused(world: dict[str, str], tmp_path: Path, teacher: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    index = json.loads((teacher / "model_index.json").read_text()) | {"_class_name": "StableDiffusionXLPipeline"}
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    sentence = refusal(world, tmp_path, ["--pretrained_model_name_or_path", str(tmp_path / "other")])
+    assert sentence == (
+        f"--pretrained_model_name_or_path {tmp_path}/other is a StableDiffusionXLPipeline; "
+        "a StableDiffusionPipeline is needed."
+    )
+
+
+def test_inpainting_unet_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    make_pipeline(tmp_path / "inpainting", in_channels=9)
+    sentence = refusal(world, tmp_path, ["--pretrained_model_name_or_path", str(tmp_path / "inpainting")])
+    assert "takes 9 channels where its VAE gives 4" in sentence
+
+
+def test_whole_unet_as_student_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    sentence = refusal(world, tmp_path, ["--student_model_name_or_path", world["teacher"]])
+    assert sentence.startswith("--student_model_name_or_path ")
+
+
+def assert_refused(code: object, stderr: str) -> str:
+    """The one sentence that a run ended with."""
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    errors = [text for text in stderr.splitlines() if "error:" in text]
+    assert len(errors) == 1 and stderr.splitlines()[-1] == errors[0], stderr
+    program, _, sentence = errors[0].partition(": error: ")
+    assert program == "distill_training.py"
+    return sentence
+
+
+def refused_run(world: dict[str, str], tmp_path: Path, flags: list[str], **environment: str) -> str:
+    """The one sentence of `python distill_training.py`, which must leave everything as it was."""
+    before = snapshot(tmp_path, world["teacher"], world["shards"])
+    line = command_line(world, ["--output_dir", str(tmp_path / "output"), "--resolution", "64", *flags], [])
+    process = run_script(*line, **environment)
+    sentence = assert_refused(process.returncode, process.stderr)
+    after = snapshot(tmp_path, world["teacher"], world["shards"])
+    assert {path: data for path, data in after.items() if tmp_path / "cache" not in (path, *path.parents)} == before
+    return sentence
+
+
+def test_hub_name_without_network(world: dict[str, str], tmp_path: Path) -> None:
+    flags = ["--pretrained_model_name_or_path", "someone/absent", "--train_data_dir", "{shards}"]
+    sentence = refused_run(world, tmp_path, flags, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    assert sentence.startswith("--pretrained_model_name_or_path someone/absent cannot be loaded")
+    assert "the hub does not have it or is out of reach" in sentence
+
+
+def test_fp16_on_a_cpu(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script's own last lines run in this process, which saves the seconds of another start."""
+    flags = ["--mixed_precision", "fp16", "--resolution", "64", "--output_dir", str(tmp_path / "output")]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line(world, flags)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    sentence = assert_refused(stopped.value.code, capsys.readouterr().err)
+    assert sentence == "--mixed_precision fp16 needs a GPU: choose bf16 or no on a CPU."
+    assert not any(tmp_path.iterdir())
+
+
+def test_image_column_that_is_not_there(world: dict[str, str], tmp_path: Path) -> None:
+    folder = write_imagefolder(tmp_path / "pictures", toy_pictures(2))
+    flags = ["--train_data_dir", str(folder), "--image_column", "picture", "--cache_dir", str(tmp_path / "cache")]
+    sentence = refused_run(world, tmp_path, flags)
+    assert sentence == "--image_column picture is not there; the columns are image, text."
