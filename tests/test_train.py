@@ -392,7 +392,7 @@ import hashlib, json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch
 import distill_training as dt
-targets, runs, weights = [], [], []
+targets, runs, weights, losses = [], [], [], []
 loss, step = dt.distillation_loss, dt.training_step
 def keep_target(student, teacher, target, *args, **kwargs):
     targets.append(float(target.double().sum()))
@@ -400,13 +400,14 @@ def keep_target(student, teacher, target, *args, **kwargs):
 def keep_run(run, *args):
     result = step(run, *args)
     runs.append(run)
+    losses.append(float(result[0][0]))
     flat = torch.cat([parameter.detach().flatten() for parameter in run.unet.parameters()])
     weights.append(hashlib.sha256(flat.numpy().tobytes()).hexdigest())
     return result
 dt.distillation_loss, dt.training_step = keep_target, keep_run
 dt.main(dt.parse_args())
 rank = runs[-1].accelerator.process_index
-seen = {"targets": targets, "weights": weights,
+seen = {"targets": targets, "losses": losses, "weights": weights,
         "processes": runs[-1].accelerator.num_processes, "wrapped": type(runs[-1].unet).__name__,
         "teacher": type(runs[-1].teacher_unet).__name__}
 open(os.path.join(os.environ["SEEN"], f"rank-{rank}.json"), "w").write(json.dumps(seen))
@@ -432,6 +433,8 @@ def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: 
     logged = scalars(output)
     assert set(logged["loss"]) == {1, 2, 3, 4}
     for step in range(1, 5):  # the schedule counts optimiser steps, not processes times steps
+        micro_batches = [loss for seen in ranks for loss in seen["losses"][2 * step - 2 : 2 * step]]
+        assert math.isclose(logged["loss"][step], sum(micro_batches) / 4, rel_tol=1e-6)
         assert math.isclose(logged["lr"][step], 1e-3 * (5 - step) / 4, rel_tol=1e-6)
     checkpoint = output / "checkpoint-2"
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in checkpoint.iterdir()}
