@@ -25,7 +25,7 @@ Blocks are pruned out of the teacher's U-Net, the rest keeps the teacher's weigh
 The real recipe:
 
     accelerate launch --mixed_precision bf16 distill_training.py --distill_level sd_small \
-        --pretrained_model_name_or_path SG161222/Realistic_Vision_V4.0 --train_data_dir laion-art --output_dir small-sd
+        --pretrained_model_name_or_path SG161222/Realistic_Vision_V4.0 --train_data_dir laion_art --output_dir small-sd
 
 On a CPU, in minutes:
 
@@ -50,6 +50,7 @@ import shutil
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 logger = get_logger(__name__, log_level="INFO")
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -433,8 +435,21 @@ def tokenize_captions(captions: Sequence[str | Sequence[str]], tokenizer: CLIPTo
     ).input_ids
 
 
+# Where a sample's image and caption lie: 29 bytes for each.
+PLACE = np.dtype(
+    [
+        ("shard", "u4"),
+        ("image", "i8"),
+        ("image_bytes", "u4"),
+        ("caption", "i8"),
+        ("caption_bytes", "u4"),
+        ("json", "?"),
+    ]
+)
+
+
 class TarShards(Sequence):
-    """WebDataset shards read in place: pictures and captions of `*.tar` by their offsets, 29 bytes of memory each.
+    """WebDataset shards read in place: pictures and captions of `*.tar`, found by their offsets.
 
     `shards[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row. With a
     `manifest.json` (as data.py writes it) the offsets are computed from it and checked against each tar's size;
@@ -445,33 +460,42 @@ class TarShards(Sequence):
         self.caption_column = caption_column
         manifest = folder / "manifest.json"
         if manifest.is_file():
-            shards = json.loads(manifest.read_text())["shards"]
+            content = json.loads(manifest.read_text(), object_hook=self._compact)
+            if not content.get("complete", True):
+                warnings.warn(f"{manifest} is of an unfinished download: training on what is there.", stacklevel=2)
+            shards = content["shards"]
             self.paths = [folder / shard["name"] for shard in shards]
             tables = [self._from_manifest(path, shard) for path, shard in zip(self.paths, shards, strict=True)]
         else:
             self.paths = sorted(folder.glob("*.tar"))
             progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
             tables = [self._from_tar(path) for path in progress]
-        self.shard_of = np.repeat(np.arange(len(tables), dtype=np.uint32), [len(table) for table in tables])
-        table = np.concatenate(tables) if tables else np.zeros((0, 5), np.int64)
-        self.offsets = table[:, [0, 2]]
-        self.sizes = table[:, [1, 3]].astype(np.uint32)
-        self.caption_is_json = table[:, 4].astype(bool)
+        for number, table in enumerate(tables):
+            table["shard"] = number
+        self.places = np.concatenate([np.zeros(0, PLACE), *tables])
+
+    @staticmethod
+    def _compact(record: dict[str, Any]) -> dict[str, Any]:
+        # As each shard's record is read: Python's own lists would take 80 bytes for every image of them all.
+        return {key: np.array(value, "u4") if key.endswith("_bytes") else value for key, value in record.items()}
 
     @staticmethod
     def _from_manifest(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
         # Members alternate image, caption; each is a header of 512 bytes and data padded to 512.
         sizes = np.stack([shard["image_bytes"], shard["caption_bytes"]], axis=1).astype(np.int64).reshape(-1)
-        ends = np.cumsum(512 + (sizes + 511) // 512 * 512)
-        starts = ends - (sizes + 511) // 512 * 512
+        padded = (sizes + 511) // 512 * 512
+        ends = np.cumsum(512 + padded)
         found = path.stat().st_size if path.is_file() else None
         if found != shard["bytes"] or (len(ends) and ends[-1] > found):
             raise UserError(f"{path} has {found} bytes where manifest.json says {shard['bytes']}: fetch it again.")
-        pairs = np.stack([starts, sizes], axis=1).reshape(-1, 4)
-        return np.concatenate([pairs, np.zeros((len(pairs), 1), np.int64)], axis=1)
+        starts = ends - padded
+        table = np.zeros(len(sizes) // 2, PLACE)
+        table["image"], table["caption"] = starts[::2], starts[1::2]
+        table["image_bytes"], table["caption_bytes"] = sizes[::2], sizes[1::2]
+        return table
 
     def _from_tar(self, path: Path) -> np.ndarray:
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, int, bool]] = []
         key, members = None, {}
         try:
             with tarfile.open(path, "r:") as tar:
@@ -490,33 +514,31 @@ class TarShards(Sequence):
             raise UserError(f"{path} is empty or cut short ({error}): fetch it again or remove it.") from None
         if not whole:
             raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
-        return np.array(rows, np.int64).reshape(-1, 5)
+        return np.array(rows, PLACE)
 
     @staticmethod
-    def _sample(members: Mapping[str, tuple[int, int]]) -> list[tuple[int, int, int, int, int]]:
+    def _sample(members: Mapping[str, tuple[int, int]]) -> list[tuple[int, int, int, int, int, bool]]:
         images = [place for suffix, place in members.items() if suffix in IMAGE_SUFFIXES]
         captions = [(*members[suffix], suffix == ".json") for suffix in (".txt", ".json") if suffix in members]
-        return [(*images[0], *captions[0])] if images and captions else []
+        return [(0, *images[0], *captions[0])] if images and captions else []
 
     def __len__(self) -> int:
-        return len(self.shard_of)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.places[index]
         # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
-        with open(self.paths[self.shard_of[index]], "rb", buffering=0) as shard:
-            image, caption = (
-                self._read(shard, *place) for place in zip(self.offsets[index], self.sizes[index], strict=True)
-            )
+        with open(self.paths[place["shard"]], "rb", buffering=0) as shard:
+            image, caption = (self._read(shard, place[name], place[f"{name}_bytes"]) for name in ("image", "caption"))
         text: Any = caption.decode("utf-8", errors="replace")
-        if self.caption_is_json[index]:
+        if place["json"]:
             record = json.loads(text)
             text = record.get(self.caption_column, record.get("caption"))
         return {"image": {"bytes": image}, "text": text}
 
     def select(self, indices: Sequence[int]) -> "TarShards":
         """Keep these samples only, in this order."""
-        for name in ("shard_of", "offsets", "sizes", "caption_is_json"):
-            setattr(self, name, getattr(self, name)[indices])
+        self.places = self.places[indices]
         return self
 
     @staticmethod
@@ -1430,8 +1452,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--foreach_ema", action="store_true", help="Update the average with fewer, larger operations.")
     flag("--noise_offset", type=float, default=0.0, help="Scale of the noise offset.")
     flag("--input_perturbation", type=float, default=0.0, help="Scale of the input perturbation (0.1 recommended).")
-    predictions = ["epsilon", "v_prediction"]
-    flag("--prediction_type", choices=predictions, help="What the U-Net predicts, if not what the scheduler says.")
+    flag(
+        "--prediction_type", choices=PREDICTION_TYPES, help="What the U-Net predicts, if not what the scheduler says."
+    )
     flag("--gradient_checkpointing", action="store_true", help="Less memory for a slower student.")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured for.")
     flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
@@ -1671,6 +1694,11 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     noise_scheduler = load_component(DDPMScheduler, source, flag, args, subfolder="scheduler")
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
+    if noise_scheduler.config.prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"The teacher's scheduler says prediction_type {noise_scheduler.config.prediction_type}; this script knows "
+            f"{' and '.join(PREDICTION_TYPES)}, say which with --prediction_type."
+        )
     dataset = make_train_dataset(args, tokenizer, accelerator)
 
     # 3. Text encoder, VAE, teacher and student.

@@ -1,5 +1,6 @@
 """From captions on a hub to images, shards and training, over real HTTP on 127.0.0.1."""
 
+import base64
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, make_tokenizer, run_script, toy_pictures, write_shards
-from servers import HubServer, data_folder, hub_server, image_server  # noqa: F401  (fixtures)
+from servers import HubServer, Server
 
 import distill_training as dt
 
@@ -28,7 +29,7 @@ def training_flags(teacher: Path, output: Path) -> list[str]:
 def test_what_data_py_fetches_trains_as_it_is(
     tmp_path: Path,
     teacher: Path,
-    data_folder: SimpleNamespace,  # noqa: F811
+    data_folder: SimpleNamespace,
 ) -> None:
     args = dt.parse_args([*training_flags(teacher, tmp_path / "out"), "--train_data_dir", str(data_folder.path)])
     dataset = dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))
@@ -106,3 +107,50 @@ def test_a_stream_from_the_hub_gives_the_same_batch_and_trains(tmp_path: Path, t
     streamed, local = torch.load(tmp_path / "batch.pt"), dt.collate_fn([dataset[i] for i in range(12)])
     for key in ("pixel_values", "input_ids", "counts"):
         assert torch.equal(streamed[key], local[key]), key
+
+
+class UploadHub(Server):
+    """Takes a new model repository and one commit, which `files` then holds: path to contents."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str] = set()
+        super().__init__()
+        self.server.RequestHandlerClass.do_POST = self.server.RequestHandlerClass.do_GET
+
+    def answer(self, request) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        self.tokens.add(request.headers.get("Authorization", ""))
+        answer: dict = {"id": "me/small", "sha": "0" * 40, "siblings": [], "private": False, "tags": []}
+        if request.path == "/api/repos/create":
+            answer = {"url": f"{self.url}/me/small", "name": "me/small"}
+        elif request.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif "/preupload/" in request.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        elif "/commit/" in request.path:
+            lines = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
+            self.files = {line["path"]: base64.b64decode(line["content"]) for line in lines}
+            answer = {"commitUrl": f"{self.url}/me/small/commit/{'1' * 40}", "commitOid": "1" * 40}
+        self.send(request, 200, json.dumps(answer).encode(), Content_Type="application/json")
+
+
+def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    hub = UploadHub()
+    output = tmp_path / "out"
+    flags = [*training_flags(teacher, output), "--train_data_dir", str(shards), "--checkpointing_steps", "1"]
+    flags += ["--push_to_hub", "--hub_model_id", "me/small", "--hub_token", "hf_secret", "--validation_prompts", "a"]
+    flags[flags.index("none")] = "tensorboard"
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    try:
+        done = run_script(*flags, **environment)
+    finally:
+        hub.close()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Bearer hf_secret" in hub.tokens
+    kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert set(hub.files) == {path for path in kept if not path.startswith(("checkpoint-", "logs/"))}
+    assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(hub.files)
+    assert hub.files["README.md"].startswith(b"---\n") and b"# me/small" in hub.files["README.md"]
+    assert not any(b"hf_secret" in data for data in hub.files.values()) and "hf_secret" not in done.stderr

@@ -21,6 +21,8 @@ def commands() -> list[tuple[str, list[str]]]:
     """(script, flags) of every call of one of the scripts in the README."""
     found = []
     for block in BLOCKS:
+        for name, value in re.findall(r'^export (\w+)="(.*)"$', block, re.MULTILINE):
+            block = block.replace(f"${name}", value)
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 words = shlex.split(part, comments=True)
@@ -34,10 +36,10 @@ def commands() -> list[tuple[str, list[str]]]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the README's relative paths exist."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    for folder in ("laion-art", "my-images"):
+    for folder in ("laion_art", "my-images"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "00000.tar").touch()
-    (tmp_path / "small-sd" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "my.parquet").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,9 +67,9 @@ def test_the_mission_flags_are_in_the_table() -> None:
     ],
 )
 def test_parameter_table(column: int, config: dict[str, object]) -> None:
-    rows = {cells[0]: cells for cells in (
-        [cell.strip(" *`") for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"
-    )}  # fmt: skip
+    table = README[README.index("| U-Net |") :].split("\n\n")[0]
+    cells = [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = {row[0]: row for row in cells}
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**config)
         assert rows["teacher"][column] == f"{dt.count_parameters(teacher):,}"

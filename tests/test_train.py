@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from accelerate.state import AcceleratorState
 from conftest import ROOT, SCRIPT, make_pipeline, toy_pictures, write_tar
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -391,6 +392,7 @@ DRIVER = """
 import hashlib, json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch
+import torch._dynamo.testing
 import distill_training as dt
 targets, runs, weights, losses = [], [], [], []
 loss, step = dt.distillation_loss, dt.training_step
@@ -471,3 +473,35 @@ def test_streaming_trains(tmp_path: Path, teacher: Path) -> None:
     settings = {"dataset_name": tmp_path / "table", "streaming": True, "dataloader_num_workers": 2}
     train(teacher, None, tmp_path / "out", max_train_steps=6, cache_dir=tmp_path / "cache", **settings)
     assert (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("level", ["sd_small", "sd_tiny"])
+def test_features_are_captured_from_compiled_nets(teacher: Path, level: str) -> None:
+    """Traced by Dynamo but run eagerly, so that no compiler is needed; one graph each, which every call refreshes."""
+    teacher_unet = dt.freeze(UNet2DConditionModel.from_pretrained(teacher, subfolder="unet"), "cpu", torch.float32)
+    student = dt.build_student(teacher_unet, level)
+    names = [list(side) for side in zip(*dt.feature_pairs(level), strict=True)]
+    taps = [dt.FeatureTap(net, side) for net, side in zip((teacher_unet, student), names, strict=True)]
+    inputs = [(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16)) for _ in range(2)]
+
+    def run(nets: list[Any]) -> list[torch.Tensor]:
+        seen = []
+        for sample, steps, text in inputs:
+            student.zero_grad()
+            with torch.no_grad():
+                prediction = nets[0](sample, steps, text).sample
+            losses = dt.distillation_loss(
+                nets[1](sample, steps, text).sample, prediction, sample, taps[1].pop(), taps[0].pop(),
+                output_weight=0.5, feature_weight=0.5,
+            )  # fmt: skip
+            losses["loss"].backward()
+            seen += [losses["feature_losses"].detach(), *(p.grad.clone() for p in student.parameters())]
+        return seen
+
+    eager = run([teacher_unet, student])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = run([torch.compile(net, backend=counter, fullgraph=True) for net in (teacher_unet, student)])
+    assert counter.frame_count == 2
+    for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,1616 @@
+#!/usr/bin/env python
+"""Fetch captions from the Hub and the images behind their URLs, into shards that `distill_training.py` trains on.
+
+    python data.py --output_dir laion_art                        # 250,000 rows of the default dataset
+    python data.py --output_dir laion_art                        # the same again: goes on where it stopped
+    python data.py --caption_file captions.parquet --url_column URL --caption_column TEXT --output_dir mine
+    python data.py --check laion_art                             # read everything back, say what is wrong
+
+The folder holds `NNNNN.tar` (`<key>.jpg`, `<key>.txt`, ... in row order), `NNNNN.parquet` (every row with its
+outcome) and `manifest.json`. img2dataset does the downloading, in a process group of its own that this script watches
+over; what it is given in place of its own parts is below: which rows (`ShardList`), how a URL is fetched (`fetch`),
+how an image is read (`square_jpeg`), how a shard is written (`Shard`). Needs a POSIX system.
+"""
+
+import argparse
+import collections
+import contextlib
+import fcntl
+import functools
+import hashlib
+import http.client
+import importlib.util
+import io
+import ipaddress
+import json
+import math
+import operator
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import types
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+FORMAT = "distill-sd data.py 1"
+USER_AGENT = "Mozilla/5.0 (compatible; distill-sd; +https://github.com/segmind/distill-sd)"
+ROBOT_NAME = "distill-sd"  # the name that an X-Robots-Tag header may address us by
+OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}  # "none" is short for noindex, nofollow
+VALUED_DIRECTIVES = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # not robots' names
+MIB = 2**20
+
+# What a folder is made with: a rerun must agree on these. How the rows are fetched (threads, time limits) may change.
+SETTINGS = (
+    "dataset_name url_column caption_column filter max_samples seed image_size min_image_size encode_quality "
+    "number_sample_per_shard max_bytes max_pixels honor_opt_outs verify_hash"
+).split()
+
+
+class DataError(Exception):
+    """Ends the run with one sentence. The exit code is 1 for a failed run, 2 for a request that can't be met."""
+
+    def __init__(self, sentence: str, code: int = 1) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+class Refused(Exception):
+    """A row that does not become an image: `reason` is what the tables count, `detail` is for a person."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions: parquet files, from the Hub or from the disk, read in batches, so that memory stays flat.
+
+
+def fetch_captions(dataset_name: str, revision: str | None, resumed: bool) -> tuple[str, list[tuple[str, Path]]]:
+    """Download the parquet files of a Hub dataset. Returns its commit and (name in the repository, local file) pairs.
+
+    Raises DataError if the Hub refuses, if a file differs from the hash that the Hub gave for it, or if the cache
+    lacks one; a `resumed` run knows its files, and works from the cache when the Hub can't be reached.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub as hub  # not at the top: workers import this file too, and need none of it
+    from huggingface_hub import errors
+
+    def refuse(what: str) -> NoReturn:
+        raise DataError(f"--dataset_name {dataset_name}: {what}", 2) from None
+
+    try:
+        folder = Path(
+            hub.snapshot_download(dataset_name, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
+        )
+        commit = folder.name
+        files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
+        missing = set() if resumed else set(hub.list_repo_files(dataset_name, repo_type="dataset", revision=commit))
+        if missing := {name for name in missing if name.endswith(".parquet")} - {name for name, _ in files}:
+            refuse(f"the local cache lacks {', '.join(sorted(missing))}, and the Hub did not give it")
+        for name, path in files:
+            if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
+                again = {"repo_type": "dataset", "revision": commit, "force_download": True}
+                if not matches_blob_name(Path(hub.hf_hub_download(dataset_name, name, **again))):
+                    raise DataError(f"{name} of {dataset_name} arrived damaged twice: its hash is not the Hub's")
+    except errors.GatedRepoError:  # a subclass of the next one
+        refuse("this dataset is gated; ask for access on its page, then log in with `hf auth login`")
+    except errors.RepositoryNotFoundError:
+        refuse("there is no such dataset on the Hub, or it is private and you are not logged in")
+    except errors.RevisionNotFoundError:
+        refuse(f"it has no --revision {revision}")
+    except errors.HFValidationError as error:
+        refuse(str(error).splitlines()[0])
+    except errors.LocalEntryNotFoundError:
+        refuse("the Hub can't be reached, and the local cache does not hold it")
+    except DataError:
+        raise
+    except Exception as error:  # whatever the HTTP library raises
+        refuse(f"the Hub can't be used: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    if not files:
+        refuse(f"commit {commit} holds no parquet file")
+    return commit, files
+
+
+def matches_blob_name(path: Path) -> bool:
+    """Whether a file of the Hub's cache is what the Hub said: its blob is named by its SHA-256, or git's SHA-1."""
+    name = path.resolve().name
+    if path.resolve().parent.name != "blobs":
+        raise DataError("the Hub's cache holds no links, so hashes are unknown; set HF_HOME to a disk that has them")
+    if re.fullmatch("[0-9a-f]{64}", name):
+        return file_sha256(path) == name
+    if re.fullmatch("[0-9a-f]{40}", name):
+        content = path.read_bytes()  # a file small enough to be kept in git itself
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == name
+    return False
+
+
+def local_captions(caption_file: str) -> list[tuple[str, Path]]:
+    """The (name, path) pairs of one parquet file, or of those directly inside a folder, by name."""
+    path = Path(caption_file)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise DataError(f"--caption_file {caption_file}: no such parquet file, nor a folder that holds some", 2)
+    return [(file.name, file) for file in files]
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+COMPARISONS = {
+    ">=": (operator.ge, pc.greater_equal),
+    "<=": (operator.le, pc.less_equal),
+    "==": (operator.eq, pc.equal),
+    "!=": (operator.ne, pc.not_equal),
+    ">": (operator.gt, pc.greater),
+    "<": (operator.lt, pc.less),
+}
+
+
+def parse_filter(text: str) -> tuple[str, Callable, float | str]:
+    """`"punsafe<0.1"` -> (column, pyarrow comparison, value). Text values are quoted. Raises ValueError."""
+    match = re.fullmatch(r"\s*([^<>=!]+?)\s*(>=|<=|==|!=|>|<)\s*(\S(?:.*\S)?)\s*", text)
+    if match is None:
+        raise ValueError(text)
+    column, sign, value = match.groups()
+    quoted = re.fullmatch(r"""(["'])(.*)\1""", value)
+    return column, COMPARISONS[sign][1], quoted[2] if quoted else float(value)
+
+
+def read_batches(files: Sequence[tuple[str, Path]], columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (number of the first row, counted over all files; batch of at most 32,768 rows)."""
+    first = 0
+    for _, path in files:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(32768, columns=list(dict.fromkeys(columns)), use_threads=False):
+                yield first, batch
+                first += len(batch)
+
+
+def check_columns(files: Sequence[tuple[str, Path]], wanted: dict[str, str]) -> None:
+    """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
+    for name, path in files:
+        try:
+            schema = pq.read_schema(path)
+        except pa.ArrowInvalid:
+            raise DataError(f"{name} is not a parquet file", 2) from None
+        for column, flag in wanted.items():
+            if column not in schema.names:
+                raise DataError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}", 2)
+
+
+def texts(column: pa.Array, name: str) -> pa.Array:
+    """A column as text, white space around it removed. Raises DataError for a column that holds something else."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return pc.utf8_trim_whitespace(column.cast(pa.large_string()))
+    raise DataError(f"column {name!r} holds {column.type}, not text", 2)
+
+
+def url_hashes(urls: pa.Array) -> np.ndarray:
+    """64-bit hashes: two of 2.7 million different URLs share one with a chance of 1 in 5 million."""
+    from pandas.util import hash_array
+
+    return hash_array(np.asarray(urls.to_pylist(), dtype=object), categorize=False)
+
+
+def select_rows(files: Sequence[tuple[str, Path]], args: argparse.Namespace) -> tuple[np.ndarray, int, dict[str, int]]:
+    """Choose the rows to fetch: drop the bad ones, shuffle by the seed, cut to `max_samples`.
+
+    Returns the chosen row numbers (int64, in the order of the output), the number of rows read, and the number dropped
+    by reason. Keeps 16 bytes per row in memory.
+    """
+    filters = [(text, *parse_filter(text)) for text in args.filter]
+    dropped: dict[str, int] = {}
+    rows, hashes, total = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
+    for first, batch in read_batches(
+        files, [args.url_column, args.caption_column, *(column for _, column, *_ in filters)]
+    ):
+        urls, captions = (
+            texts(batch[args.url_column], args.url_column),
+            texts(batch[args.caption_column], args.caption_column),
+        )
+        good = {
+            "no URL": pc.not_equal(urls, ""),
+            "URL is not http(s)": pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]"),
+            "no caption": pc.not_equal(captions, ""),
+        }
+        for text, column, compare, value in filters:
+            try:
+                good[f"filter {text}"] = compare(batch[column], pa.scalar(value))
+            except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+                raise DataError(f"--filter {text}: column {column!r} holds {batch[column].type}", 2) from None
+        keep = np.ones(len(batch), bool)
+        for reason, passed in good.items():
+            passes = pc.fill_null(passed, False).to_numpy(zero_copy_only=False)
+            dropped[reason] = dropped.get(reason, 0) + int(np.count_nonzero(keep & ~passes))
+            keep &= passes
+        rows.append(first + np.flatnonzero(keep))
+        hashes.append(url_hashes(urls.filter(pa.array(keep))))
+        total += len(batch)
+    _, firsts = np.unique(np.concatenate(hashes), return_index=True)
+    chosen = np.concatenate(rows)
+    dropped["duplicate URL"] = len(chosen) - len(firsts)
+    chosen = chosen[np.sort(firsts)]
+    return np.random.default_rng(args.seed).permutation(chosen)[: args.max_samples], total, dropped
+
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("url", pa.large_string()),
+        ("caption", pa.large_string()),
+        ("input_row", pa.int64()),
+        ("expected_sha256", pa.string()),
+    ]
+    + [("position", pa.int64())]
+)
+
+
+def write_shard_inputs(
+    files: Sequence[tuple[str, Path]],
+    order: np.ndarray,
+    folder: Path,
+    args: argparse.Namespace,
+    expected: "Hashes | None",
+) -> None:
+    """Write the chosen rows, in their shuffled order, as `NNNNN.arrow`, one file for each shard.
+
+    The rows are first dealt into files of about 50,000 that belong together, so that memory stays flat.
+    """
+    per_shard = args.number_sample_per_shard
+    per_group = per_shard * max(1, 50_000 // per_shard)
+    by_row = np.argsort(order)
+    rows = order[by_row]
+    with contextlib.ExitStack() as stack:
+        groups = [
+            stack.enter_context(pa.ipc.new_stream(folder / f"group{number}", ROW_SCHEMA))
+            for number in range(math.ceil(len(order) / per_group))
+        ]
+        hash_column = [args.verify_hash] if args.verify_hash and expected is None else []
+        for first, batch in read_batches(files, [args.url_column, args.caption_column, *hash_column]):
+            start, end = np.searchsorted(rows, [first, first + len(batch)])
+            chosen = batch.take(pa.array(rows[start:end] - first))
+            urls = texts(chosen[args.url_column], args.url_column)
+            if hash_column:
+                digests = pc.utf8_lower(texts(chosen[args.verify_hash], args.verify_hash)).cast(pa.string())
+                wrong = pc.filter(digests, pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
+                if len(wrong.drop_null()):
+                    sentence = f"--verify_hash {args.verify_hash}: {wrong.drop_null()[0].as_py()!r} is not a SHA-256"
+                    raise DataError(sentence, 2)
+                digests = pc.if_else(pc.equal(digests, ""), None, digests)
+            else:
+                digests = pa.array(expected.of(urls) if expected else [None] * len(chosen), pa.string())
+            positions = by_row[start:end]
+            columns = [urls, texts(chosen[args.caption_column], args.caption_column), pa.array(rows[start:end])]
+            table = pa.record_batch([*columns, digests, pa.array(positions)], schema=ROW_SCHEMA)
+            for number in np.unique(positions // per_group):
+                groups[number].write_batch(table.filter(pa.array(positions // per_group == number)))
+    for number in range(len(groups)):
+        group_file = folder / f"group{number}"
+        with pa.ipc.open_stream(group_file) as reader:
+            table = reader.read_all().sort_by("position").combine_chunks()
+        for start in range(0, len(table), per_shard):
+            name = shard_name((number * per_group + start) // per_shard)
+            write_rows(folder / f"{name}.arrow", table.slice(start, per_shard))
+        group_file.unlink()
+
+
+def write_rows(path: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+class Hashes:
+    """The SHA-256 of each image of an earlier run, looked up by URL: about 72 bytes of memory per image."""
+
+    def __init__(self, path: Path) -> None:
+        files = local_captions(str(path))
+        check_columns(files, {"url": "--verify_hash", "sha256": "--verify_hash"})
+        urls, digests = [np.empty(0, np.uint64)], [np.empty(0, "S64")]
+        for _, batch in read_batches(files, ["url", "sha256"]):
+            batch = batch.filter(pc.is_valid(batch["sha256"]))
+            urls.append(url_hashes(texts(batch["url"], "url")))
+            digests.append(np.asarray(batch["sha256"].to_pylist(), "S64"))
+        order = np.argsort(np.concatenate(urls), kind="stable")
+        self.urls, self.digests = np.concatenate(urls)[order], np.concatenate(digests)[order]
+
+    def of(self, urls: pa.Array) -> list[str | None]:
+        wanted = url_hashes(urls)
+        at = np.minimum(np.searchsorted(self.urls, wanted), len(self.urls) - 1)
+        if len(self.urls) == 0:
+            return [None] * len(wanted)
+        return [self.digests[i].decode() if self.urls[i] == hash else None for i, hash in zip(at, wanted, strict=True)]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.urls.tobytes() + self.digests.tobytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching one URL: only public addresses, a limit on everything that a server can stretch, opt-outs honoured.
+
+REFUSED_NETWORKS = [
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # the host of an Azure machine: looks public, answers only inside
+        "192.0.0.0/24",  # protocol assignments
+        "192.88.99.0/24",  # 6to4 relays
+        "2001::/23",  # protocol assignments, Teredo among them: may lead to any IPv4 address
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4: leads to the IPv4 address inside
+        "3fff::/20",  # documentation
+    )
+]
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is of the public internet. `ipaddress.is_global` alone is True for several that aren't."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if ip.version == 6 and ip not in GLOBAL_IPV6:  # local, mapped, compatible, multicast and unassigned ones
+        return False
+    if any(ip in network for network in REFUSED_NETWORKS if network.version == ip.version):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+def resolve(host: str, port: int, allow_private: bool, seconds: float) -> list[tuple]:
+    """Look a name up, in at most `seconds`. Returns what `socket.getaddrinfo` does; one private answer refuses all."""
+    answer: queue.SimpleQueue = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answer.put(error)
+
+    threading.Thread(target=look_up, daemon=True).start()  # in a thread: getaddrinfo takes no time limit
+    try:
+        found = answer.get(timeout=max(0.01, seconds))
+    except queue.Empty:
+        raise Refused("dns", f"{host}: no answer in time") from None
+    if isinstance(found, Exception):
+        raise Refused("dns", f"{host}: {found}")
+    for *_, address in found:
+        if not allow_private and not is_public(address[0]):
+            raise Refused("private_address", f"{host} is {address[0]}")
+    return found
+
+
+class BoundedSocket:
+    """Mixed into a socket: no read lasts beyond the request's deadline, nor brings more than `allowance` bytes."""
+
+    deadline = math.inf
+    patience = 10.0
+    allowance = 0
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(max(0.001, min(self.patience, self.deadline - time.monotonic())))
+        count = super().recv_into(*args)
+        self.allowance -= count
+        if self.allowance < 0:
+            raise Refused("too_large", "more bytes on the wire than allowed")
+        return count
+
+
+class PlainSocket(BoundedSocket, socket.socket):
+    pass
+
+
+class TLSSocket(BoundedSocket, ssl.SSLSocket):
+    pass
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.sslsocket_class = TLSSocket
+    return context
+
+
+class ByteBudget:
+    """The bytes that a worker may hold of bodies, beyond the first `FREE` of each. First come, first served.
+
+    `take` waits; what it waited is given back to the request's deadline, since the server is not to blame. While
+    somebody waits, no new request begins (`wait_for_calm`), so the number at work settles at what memory allows.
+    """
+
+    FREE = 64 * 1024
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.changed = threading.Condition()
+        self.line: collections.deque[object] = collections.deque()
+
+    def take(self, count: int, patience: float) -> float:
+        """Reserve `count` bytes. Returns the seconds that it took. Raises Refused("busy") after `patience`."""
+        started, ticket = time.monotonic(), object()
+        with self.changed:
+            self.line.append(ticket)
+            ready = self.changed.wait_for(lambda: self.line[0] is ticket and self.used + count <= self.total, patience)
+            self.line.remove(ticket)
+            self.used += count if ready else 0
+            self.changed.notify_all()
+        if not ready:
+            raise Refused("busy", "no memory free in time for its body")
+        return time.monotonic() - started
+
+    def give_back(self, count: int) -> None:
+        with self.changed:
+            self.used -= count
+            self.changed.notify_all()
+
+    def wait_for_calm(self, patience: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.line, patience)
+
+
+class Body(io.BytesIO):
+    """The bytes of one response. Closing it (which img2dataset does after use) returns them to the budget."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        super().__init__()
+        self.budget = budget
+        self.claim = 0
+        self.sha256 = hashlib.sha256()
+
+    def close(self) -> None:
+        claim, self.claim = self.claim, 0
+        super().close()
+        if claim:
+            self.budget.give_back(claim)
+
+
+def split_url(url: str) -> tuple[str, str, int, str]:
+    """(scheme, host, port, target) of an http(s) URL, spaces and non-ASCII letters quoted. Raises Refused."""
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+        host = (parts.hostname or "").encode("ascii" if ":" in (parts.hostname or "") else "idna").decode("ascii")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+    except ValueError as error:  # UnicodeError is one
+        raise Refused("bad_url", str(error)) from None
+    if parts.scheme not in ("http", "https"):
+        raise Refused("bad_scheme", parts.scheme)
+    if not host:
+        raise Refused("bad_url", "no host")
+    target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+    if parts.query:
+        target += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]|")
+    return parts.scheme, host, port, target
+
+
+def opts_out(headers: http.client.HTTPMessage) -> bool:
+    """Whether an X-Robots-Tag header forbids the use, to everyone or to us. `"otherbot: noai"` does not."""
+    for value in headers.get_all("X-Robots-Tag", []):
+        robot = "*"  # a name holds for what follows it in the same header
+        for part in value.lower().split(","):
+            *names, directive = (piece.strip() for piece in part.split(":"))
+            robot = names[0] if names and names[0] not in VALUED_DIRECTIVES else robot
+            if directive in OPT_OUTS and robot in ("*", ROBOT_NAME):
+                return True
+    return False
+
+
+def open_socket(scheme: str, host: str, port: int, args: argparse.Namespace, deadline: float) -> socket.socket:
+    """Connect to one of the addresses that were checked; the name is not looked up a second time."""
+
+    def left() -> float:
+        return max(0.001, min(args.timeout, deadline - time.monotonic()))
+
+    trouble: Exception = OSError("no address")
+    for family, kind, protocol, _, address in resolve(host, port, args.allow_private_addresses, left())[:4]:
+        plain = PlainSocket(family, kind, protocol)
+        try:
+            plain.settimeout(left())
+            plain.connect(address)
+            plain.settimeout(left())
+            wrapped = tls_context().wrap_socket(plain, server_hostname=host) if scheme == "https" else plain
+            wrapped.deadline, wrapped.patience = deadline, args.timeout
+            return wrapped
+        except (OSError, ValueError) as error:
+            plain.close()
+            trouble = error
+            if time.monotonic() > deadline:
+                break
+    raise trouble
+
+
+def read_body(response: http.client.HTTPResponse, wire: Any, body: Body, args: argparse.Namespace) -> None:
+    """Read a response into `body`: at most `max_bytes`, memory taken from the budget before it is used."""
+    too_large = Refused("too_large", f"more than --max_bytes {args.max_bytes}")
+    announced = response.length
+    if announced is not None and announced > args.max_bytes:
+        raise too_large
+    wire.allowance = 2 * args.max_bytes + MIB  # chunked coding may be wordy
+    size = 0
+    while chunk := response.read1(32 * 1024):
+        size += len(chunk)
+        if size > args.max_bytes:
+            raise too_large
+        if size > body.budget.FREE and not body.claim:
+            claim = args.max_bytes if announced is None else announced
+            wire.deadline += body.budget.take(claim, args.deadline)
+            body.claim = claim
+        body.write(chunk)
+        body.sha256.update(chunk)
+        if time.monotonic() > wire.deadline:
+            raise Refused("deadline", f"not finished within --deadline {args.deadline:g} s")
+    if response.length:
+        raise Refused("incomplete", f"{size} bytes, {response.length} missing")
+    if not size:
+        raise Refused("empty", "no bytes")
+    if body.claim > size:
+        body.budget.give_back(body.claim - size)
+        body.claim = size
+
+
+def request(url: str, body: Body, args: argparse.Namespace) -> None:
+    """GET one URL into `body`, following up to five redirects, each checked like the first. Raises Refused."""
+    deadline = time.monotonic() + args.deadline
+    try:
+        for _ in range(6):
+            scheme, host, port, target = split_url(url)
+            wire = open_socket(scheme, host, port, args, deadline)
+            with contextlib.closing(wire):
+                if scheme == "https":
+                    connection = http.client.HTTPSConnection(host, port, context=tls_context())
+                else:
+                    connection = http.client.HTTPConnection(host, port)
+                connection.sock = wire
+                wire.allowance = 64 * 1024  # for all headers together; http.client alone would take 6 MB of them
+                connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*"})
+                with connection.getresponse() as response:
+                    if args.honor_opt_outs and opts_out(response.headers):
+                        raise Refused("opt_out", response.headers["X-Robots-Tag"])
+                    if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
+                        url = urllib.parse.urljoin(url, response.headers["Location"])
+                        continue
+                    if not 200 <= response.status < 300:
+                        raise Refused(f"http_{response.status}", response.reason)
+                    return read_body(response, wire, body, args)
+        raise Refused("too_many_redirects")
+    except TimeoutError:
+        late = time.monotonic() >= deadline
+        raise Refused("deadline" if late else "timeout", "the server was too slow") from None
+    except ssl.SSLError as error:
+        raise Refused("tls", error.reason or str(error)) from None
+    except http.client.IncompleteRead:
+        raise Refused("incomplete", "the body ended early") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Refused("network", f"{type(error).__name__}: {error}") from None
+
+
+def is_passing(reason: str) -> bool:
+    """Whether a second try may go better."""
+    return reason in ("timeout", "network", "incomplete", "http_408", "http_429") or reason.startswith("http_5")
+
+
+def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
+    """Fetch one URL, again after a passing failure (`--retries`). Raises Refused with the last reason."""
+    failures = busy = 0
+    while True:
+        budget.wait_for_calm(args.deadline)
+        body = Body(budget)
+        try:
+            request(url, body, args)
+            return body
+        except Refused as refused:
+            body.close()
+            if refused.reason == "busy":
+                busy += 1
+            elif is_passing(refused.reason):
+                failures += 1
+            if failures > args.retries or busy > 2 or not (is_passing(refused.reason) or refused.reason == "busy"):
+                raise
+            time.sleep(min(4, 0.5 * 2 ** (failures + busy)))
+        except BaseException:
+            body.close()
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading one image: judged by its header before it is decoded, converted in bands, so that a large one is held once.
+
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
+BAND_PIXELS = 2**20
+DECODER_BYTES = 125e6  # with the bodies of `ByteBudget`, what a worker may hold beyond what it needs when idle
+EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decoder_bytes(image: Image.Image, pixels: int) -> float:
+    """What decoding takes at its peak, as measured on Pillow 13 (`pixels`: of the source, before any `draft`)."""
+    if image.format == "WEBP":
+        return 17 * pixels  # two canvases, one copy and the image
+    if image.format == "AVIF":
+        return 10 * pixels
+    if image.format == "TIFF":
+        return 8 * pixels  # a strip may be as large as the image, or a second one made to turn it
+    if image.format in ("JPEG", "MPO"):
+        most = max(across * down for _, across, down, _ in image.layer)
+        coefficients = sum(across * down for _, across, down, _ in image.layer) / most
+        return 2 * coefficients * pixels + 4 * image.width * image.height  # kept whole if there are several scans
+    return 4 * pixels
+
+
+def on_white(band: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 bits scaled to 8, transparency over white."""
+    if band.mode.startswith("I"):  # "I" too holds 16 bits, in all formats above but a rare TIFF
+        values = np.clip(np.asarray(band).astype(np.int64), 0, 65535)
+        band = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if band.has_transparency_data:
+        band = band.convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        white.alpha_composite(band)
+        band = white
+    return band if band.mode == "RGB" else band.convert("RGB")
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """The middle of a decoded image as RGB, `size` pixels wide, or as wide as the image is if that is less."""
+    side = min(image.size)
+    factor = max(1, side // (2 * size))  # a whole-number box filter first, then Lanczos from at least twice the size
+    inside = side - side % factor
+    left, top = (image.width - inside) // 2, (image.height - inside) // 2
+
+    def band(y: int, rows: int) -> Image.Image:
+        part = on_white(image.crop((left, top + y, left + inside, top + y + rows)))
+        return part.reduce(factor) if factor > 1 else part
+
+    if inside**2 <= BAND_PIXELS:
+        small = band(0, inside)
+    else:
+        small = Image.new("RGB", (inside // factor, inside // factor))
+        rows = factor * max(1, BAND_PIXELS // (inside * factor))
+        for y in range(0, inside, rows):
+            small.paste(band(y, min(rows, inside - y)), (0, y // factor))
+    return small if small.width <= size else small.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int, int, int]:
+    """Decode an image of any kind. Returns (JPEG bytes, its width and height, the source's width, its height).
+
+    Raises Refused: too_small, too_many_pixels, not_an_image, broken_image.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # ours is stricter, and a refusal instead of a warning
+    try:
+        image = Image.open(stream, formats=IMAGE_FORMATS)
+    except Exception as error:  # a header made to break the parser may raise anything
+        raise Refused("not_an_image", str(error) if "BytesIO" not in str(error) else "unknown format") from None
+    try:
+        with image:
+            width, height = image.size
+            if min(width, height) < args.min_image_size:
+                raise Refused("too_small", f"{width}x{height}")
+            if image.format in ("JPEG", "MPO"):
+                image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
+            if width * height > args.max_pixels or decoder_bytes(image, width * height) > max(
+                DECODER_BYTES, 5 * args.max_pixels
+            ):
+                raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
+            if image.mode in ("F", "LAB"):
+                raise Refused("broken_image", f"pixels of type {image.mode}")
+            image.load()
+            try:
+                orientation = image.getexif().get(EXIF_ORIENTATION)  # a TIFF is turned, and cleared, when it is loaded
+            except Exception:
+                orientation = None  # EXIF data that can't be read says nothing
+            square = centre_square(image, args.image_size)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused("broken_image", f"{type(error).__name__}: {error}") from None
+    if orientation in TRANSPOSITIONS:
+        square = square.transpose(TRANSPOSITIONS[orientation])
+        width, height = (height, width) if orientation > 4 else (width, height)
+    output = io.BytesIO()
+    square.save(output, "JPEG", quality=args.encode_quality)
+    return output.getvalue(), square.width, width, height
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards on disk. A shard is done when its parquet is there and its tar has the size that the parquet records; both are
+# written under hidden names and renamed, the parquet first. Everything in the manifest can be read back from them.
+
+RESULT_SCHEMA = pa.schema(
+    [("key", pa.string()), ("url", pa.large_string()), ("caption", pa.large_string()), ("input_row", pa.int64())]
+    + [("status", pa.string()), ("detail", pa.string()), ("sha256", pa.string()), ("downloaded_bytes", pa.int64())]
+    + [("original_width", pa.int32()), ("original_height", pa.int32()), ("width", pa.int32()), ("height", pa.int32())]
+    + [("jpg_bytes", pa.int64()), ("caption_bytes", pa.int64())]
+)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """512 bytes; the same for the same name and size."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def padded(size: int) -> int:
+    """What a tar member of `size` bytes takes: the header, and the data up to a multiple of 512."""
+    return 512 + (size + 511) // 512 * 512
+
+
+def image_offsets(image_bytes: Sequence[int], caption_bytes: Sequence[int]) -> list[int]:
+    """Where the data of each image starts in its tar."""
+    offsets, at = [], 0
+    for image, caption in zip(image_bytes, caption_bytes, strict=True):
+        offsets.append(at + 512)
+        at += padded(image) + padded(caption)
+    return offsets
+
+
+def write_tar(path: Path, samples: Iterator[tuple[str, bytes, bytes]]) -> tuple[int, str]:
+    """Write (key, image, caption) samples. Returns the size of the file and its SHA-256; the file is on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+
+        def put(block: bytes) -> None:
+            nonlocal size
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+
+        for key, image, caption in samples:
+            for name, content in ((f"{key}.jpg", image), (f"{key}.txt", caption)):
+                put(tar_header(name, len(content)))
+                put(content)
+                put(bytes(-len(content) % 512))
+        put(bytes(1024))
+        put(bytes(-size % tarfile.RECORDSIZE))
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def recorded(parquet: Path) -> dict[str, Any] | None:
+    """What a shard's parquet records of its tar (`name`, `bytes`, `sha256`), or None if it can't be read."""
+    try:
+        metadata = pq.read_schema(parquet).metadata or {}
+        return {"name": f"{parquet.stem}.tar", "bytes": int(metadata[b"tar_bytes"])} | {
+            "sha256": metadata[b"tar_sha256"].decode()
+        }
+    except (OSError, KeyError, ValueError):  # ArrowInvalid is a ValueError
+        return None
+
+
+def is_done(folder: Path, name: str) -> bool:
+    tar, entry = folder / f"{name}.tar", recorded(folder / f"{name}.parquet")
+    return entry is not None and tar.is_file() and tar.stat().st_size == entry["bytes"]
+
+
+def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterator[tuple[str, bytes, bytes]]) -> None:
+    """Write a shard so that at no moment a part of it can be taken for the whole."""
+    hidden_tar, hidden_parquet = folder / f".{name}.tar.part", folder / f".{name}.parquet.part"
+    size, digest = write_tar(hidden_tar, samples)
+    with open(hidden_parquet, "wb") as file:
+        pq.write_table(table.replace_schema_metadata({"tar_bytes": str(size), "tar_sha256": digest}), file)
+        file.flush()
+        os.fsync(file.fileno())
+    hidden_parquet.rename(folder / f"{name}.parquet")
+    hidden_tar.rename(folder / f"{name}.tar")
+
+
+def finish_renames(folder: Path) -> None:
+    """After a crash: complete a commit whose tar was whole, and remove our own leftovers of the others."""
+    for part in sorted(folder.glob(".*.part")):
+        if match := re.fullmatch(r"\.(\d{5,})\.(tar|parquet)\.part", part.name):
+            entry = recorded(folder / f"{match[1]}.parquet")
+            whole = match[2] == "tar" and entry is not None and part.stat().st_size == entry["bytes"]
+            if whole and file_sha256(part) == entry["sha256"]:
+                part.rename(folder / f"{match[1]}.tar")
+            else:
+                part.unlink()
+
+
+def shard_entry(folder: Path, name: str) -> str:
+    """A shard's entry in the manifest, as JSON text: a quarter of the memory that its lists of sizes would take."""
+    table = pq.read_table(folder / f"{name}.parquet", columns=["status", "jpg_bytes", "caption_bytes"])
+    table = table.filter(pc.equal(table["status"], "ok"))
+    sizes = {"image_bytes": table["jpg_bytes"].to_pylist(), "caption_bytes": table["caption_bytes"].to_pylist()}
+    return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes)
+
+
+def write_manifest(folder: Path, head: dict[str, Any], entries: Sequence[str]) -> None:
+    """Replace manifest.json in one step."""
+    hidden = folder / ".manifest.json.part"
+    with open(hidden, "w") as file:
+        file.write(json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(entries) + "\n ]\n}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    hidden.rename(folder / "manifest.json")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that this script made, None if there is none. Raises DataError if it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} can't be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} was not written by this version of data.py ({FORMAT!r})", 2)
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One shard at work, inside a worker: the three things that img2dataset calls for each row, in place of its own.
+
+
+class Shard:
+    """Fetches, resizes and writes the rows of one shard; images wait in a spool file for `commit` to order them.
+
+    Threads call `fetch`; all else runs in the worker's main thread, so one image is decoded at a time.
+    """
+
+    def __init__(self, number: int, rows_file: str, args: argparse.Namespace) -> None:
+        self.args = args
+        self.name = shard_name(number)
+        self.folder = Path(args.output_dir)
+        with pa.ipc.open_file(rows_file) as reader:
+            self.rows = reader.read_all().to_pylist()
+        self.outcomes: list[dict[str, Any]] = [{} for _ in self.rows]
+        self.budget = ByteBudget(max(48 * MIB, args.max_bytes))
+        self.spool_file = Path(rows_file).with_suffix(".spool")
+        self.spool = open(self.spool_file, "wb+")
+        self.progress = open(Path(rows_file).with_suffix(".progress"), "wb", buffering=0)
+        self.trouble: Exception | None = None  # what ends the shard: a full disk, above all
+
+    def fetch(self, row: tuple[int, str], **_: Any) -> tuple[int, Body | None, str | None]:
+        """In place of `img2dataset.downloader.download_image_with_retry`."""
+        index, url = row
+        try:
+            if self.trouble:
+                raise Refused("stopped")
+            body = fetch(url, self.args, self.budget)
+            digest = body.sha256.hexdigest()
+            self.outcomes[index] |= {"sha256": digest, "downloaded_bytes": body.tell()}
+            if self.rows[index]["expected_sha256"] not in (None, digest):
+                body.close()
+                raise Refused("hash_mismatch", "the image is not the one that the hash was taken of")
+            body.index = index
+            return index, body, None
+        except Refused as refused:
+            self.outcomes[index] |= {"status": refused.reason, "detail": refused.detail[:200]}
+            return index, None, refused.reason
+
+    def resize(
+        self, body: Body, _: Any = None
+    ) -> tuple[bytes | None, int | None, int | None, int | None, int | None, Any]:
+        """In place of an `img2dataset.resizer.Resizer`."""
+        outcome = self.outcomes[body.index]
+        try:
+            jpg, side, width, height = square_jpeg(body, self.args)
+        except Refused as refused:
+            outcome |= {"status": refused.reason, "detail": refused.detail[:200]}
+            return None, None, None, None, None, refused.reason
+        outcome |= {"original_width": width, "original_height": height, "width": side, "height": side}
+        return jpg, side, side, width, height, None
+
+    def write(self, jpg: bytes | None, key: str, _caption: str | None, _meta: dict[str, Any]) -> None:
+        """In place of a method of an `img2dataset.writer`; that and `close` are all of its interface."""
+        index = int(key) % 10 ** math.ceil(math.log10(self.args.number_sample_per_shard))
+        outcome = self.outcomes[index]
+        try:
+            if jpg is not None and not self.trouble:
+                outcome |= {"status": "ok", "jpg_bytes": len(jpg), "offset": self.spool.tell()}
+                self.spool.write(jpg)
+            self.progress.write(b"-" if jpg is None else b"+")
+        except OSError as error:  # img2dataset would print it and go on
+            self.trouble = error
+
+    def close(self) -> None:
+        if self.trouble:
+            raise self.trouble
+
+    def commit(self) -> None:
+        """Put what came of the rows in order, beside what an earlier run had of this shard, under its final name."""
+        if any("status" not in outcome for outcome in self.outcomes):
+            raise RuntimeError(f"shard {self.name}: img2dataset left rows out")
+        per_shard = self.args.number_sample_per_shard
+        digits = max(1, len(str(per_shard - 1)))
+        records: dict[int, dict[str, Any]] = {}
+        old_tar = None
+        if is_done(self.folder, self.name):
+            table = pq.read_table(self.folder / f"{self.name}.parquet").to_pylist()
+            kept = [record for record in table if record["status"] == "ok"]
+            starts = image_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
+            for record, start in zip(kept, starts, strict=True):
+                record |= {"old": True, "offset": start}
+            records = dict(enumerate(table))
+            old_tar = open(self.folder / f"{self.name}.tar", "rb")
+        for row, outcome in zip(self.rows, self.outcomes, strict=True):
+            place = row["position"] % per_shard
+            taken = {name: row[name] for name in ("url", "caption", "input_row")}
+            taken |= {"key": f"{self.name}{place:0{digits}d}", "caption_bytes": len(row["caption"].encode())}
+            records[place] = dict.fromkeys(RESULT_SCHEMA.names) | outcome | taken
+        ordered = [records[place] for place in sorted(records)]
+
+        def samples() -> Iterator[tuple[str, bytes, bytes]]:
+            for record in ordered:
+                if record["status"] == "ok":
+                    source = old_tar if record.get("old") else self.spool
+                    source.seek(record["offset"])
+                    yield record["key"], source.read(record["jpg_bytes"]), record["caption"].encode()
+
+        self.spool.flush()
+        columns = {name: [record[name] for record in ordered] for name in RESULT_SCHEMA.names}
+        commit_shard(self.folder, self.name, pa.table(columns, RESULT_SCHEMA), samples())
+        if old_tar:
+            old_tar.close()
+        self.spool.close()
+        self.progress.close()
+        self.spool_file.unlink()
+
+
+class ShardDownloader:
+    """In place of `img2dataset.downloader.Downloader`, whose loop over the rows it runs with our parts in it.
+
+    Pickled into the workers, hence a class of this (cheap) module; img2dataset is imported where it is used.
+    """
+
+    def __init__(self, args: argparse.Namespace, **img2dataset_arguments: Any) -> None:
+        self.args = args
+        # Not img2dataset's own parts: pickle would import it before `spare_img2dataset` is called.
+        self.img2dataset_arguments = img2dataset_arguments | {"resizer": None, "sample_writer_class": None}
+
+    def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+        """Download one shard. An error is raised, not printed: every distributor hands it on to `download`."""
+        spare_img2dataset("wandb")
+        from img2dataset import downloader
+
+        shard = Shard(*row, self.args)
+        downloader.download_image_with_retry = shard.fetch
+        parts = {"resizer": shard.resize, "sample_writer_class": lambda *_: shard}
+        downloader.Downloader(**(self.img2dataset_arguments | parts)).download_shard(row)
+        shard.commit()
+        return True, row
+
+
+class ShardList:
+    """In place of `img2dataset.reader.Reader`: it reads all rows at once, and tries a full disk for minutes."""
+
+    column_list = ["url"]
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.glob("*.arrow"), key=lambda path: int(path.stem))
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return ((int(path.stem), str(path)) for path in self.files)
+
+
+def spare_img2dataset(*more: str) -> None:
+    """Call before img2dataset is imported: it then goes without modules that only parts not used here would use.
+
+    0.5 s and 140 MB a process instead of 5 s and 670 MB (webdataset imports torch). albumentations would ask the
+    package index for its newest version, and Python 3.13 has no imghdr any more.
+    """
+    for name in ("webdataset", "albumentations", "imghdr", *more):
+        sys.modules.setdefault(name, types.ModuleType(name))
+
+
+class NoLogger:
+    """In place of `img2dataset.logger.LoggerProcess` without wandb: a process only to print a line for each shard."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    start = join = terminate = __init__
+
+
+def process_pool(processes_count: int, downloader: Callable, shards: ShardList, *_: Any) -> None:
+    """In place of img2dataset's `multiprocessing_distributor`, which waits for ever for a worker that was killed."""
+    workers = max(1, min(processes_count, len(shards.files)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            for future in as_completed([pool.submit(downloader, row) for row in shards]):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Supervision: img2dataset runs in a process group of its own, which ends when this process does, however that happens.
+
+VERDICT = "data.py verdict: "
+WORKER_ENVIRONMENT = {
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # for the process that reports to wandb: it imports what others are spared
+    "MALLOC_ARENA_MAX": "2",  # glibc: give memory back, instead of keeping some for each of many threads
+    "MALLOC_MMAP_THRESHOLD_": str(8 * MIB),
+    "MALLOC_TRIM_THRESHOLD_": str(16 * MIB),
+}
+
+
+def download(config: dict[str, Any]) -> None:
+    """Runs in the child: start img2dataset with our parts, and say in one line what ended it."""
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    args = argparse.Namespace(**config)
+    work = Path(args.output_dir) / ".unfinished"
+    try:
+        spare_img2dataset(*([] if args.enable_wandb else ["wandb"]))
+        import img2dataset.main  # noqa: F401 (the package rebinds this name to a function)
+
+        library = sys.modules["img2dataset.main"]
+        library.Downloader = functools.partial(ShardDownloader, args)
+        library.Reader = lambda *_: ShardList(work)
+        library.multiprocessing_distributor = process_pool
+        if not args.enable_wandb:
+            library.LoggerProcess = NoLogger
+        library.download(
+            url_list=str(work),
+            output_folder=str(work / "img2dataset"),
+            input_format="parquet",
+            caption_col=None,
+            extract_exif=False,
+            compute_hash=None,
+            image_size=args.image_size,
+            encode_quality=args.encode_quality,
+            number_sample_per_shard=args.number_sample_per_shard,
+            processes_count=args.processes_count,
+            thread_count=args.thread_count,
+            timeout=args.timeout,
+            retries=args.retries,
+            distributor=args.distributor,
+            enable_wandb=args.enable_wandb,
+            wandb_project="distill-sd-data",
+            max_shard_retry=0,
+        )
+    except BrokenProcessPool:
+        verdict = "a worker process was killed, perhaps for want of memory"
+    except Exception as error:
+        full = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+        words = (str(error).strip().splitlines() or [""])[-1]
+        verdict = "the disk is full" if full else f"img2dataset failed: {type(error).__name__}: {words}"
+    else:
+        return
+    print(VERDICT + verdict, flush=True)
+    os._exit(1)  # without waiting for workers: the parent ends the group
+
+
+def die_with_parent() -> None:
+    """Standard input is a pipe that only the parent holds: it closes when the parent ends, even by SIGKILL."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGTERM)  # multiprocessing's resource tracker ignores it, cleans up and ends by itself
+    time.sleep(2)
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_group(group: int) -> None:
+    """End every process of a group: by request, and after two seconds by force."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGTERM)
+        for _ in range(40):
+            os.killpg(group, 0)
+            time.sleep(0.05)
+        os.killpg(group, signal.SIGKILL)
+
+
+def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None]) -> None:
+    """Run `download` in a child, calling `while_running` five times a second. Raises DataError with what ended it."""
+    here = str(Path(__file__).resolve().parent)
+    code = "import sys, json; sys.path[0] = sys.argv[1]; import data; data.download(json.loads(sys.argv[2]))"
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | WORKER_ENVIRONMENT | {"PYTHONPATH": path}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, here, json.dumps(vars(args))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    last_lines: collections.deque[str] = collections.deque(maxlen=20)
+    reader = threading.Thread(target=lambda: last_lines.extend(child.stdout), daemon=True)
+    reader.start()
+    try:
+        while child.poll() is None:
+            while_running()
+            time.sleep(0.2)
+    finally:
+        end_group(child.pid)
+        child.wait()
+        while_running()
+    reader.join(2)
+    if child.returncode:
+        verdicts = [line.removeprefix(VERDICT).strip() for line in last_lines if line.startswith(VERDICT)]
+        killed = f"img2dataset's process was killed by signal {-child.returncode}"
+        said = f"img2dataset ended with code {child.returncode}: {' / '.join(list(last_lines)[-3:]).strip()}"
+        raise DataError(verdicts[0] if verdicts else killed if child.returncode < 0 else said)
+
+
+class Progress:
+    """The bar over all rows, and the manifest kept up to date, while workers are at it.
+
+    A worker appends one byte for each row to a file of its shard, "+" for an image and "-" for none: this needs
+    nothing but the file system that the shards need anyway, whichever distributor runs.
+    """
+
+    def __init__(self, folder: Path, head: dict[str, Any], names: Sequence[str], rows: int, rows_done: int) -> None:
+        from tqdm import tqdm
+
+        self.folder, self.head = folder, head
+        self.entries = {name: shard_entry(folder, name) for name in names if is_done(folder, name)}
+        self.names = names
+        self.seen: collections.Counter[str] = collections.Counter()
+        self.images = 0
+        self.started = time.monotonic()
+        self.bar = tqdm(total=rows, initial=rows_done, unit=" rows", dynamic_ncols=True, mininterval=0.5)
+        self.save(complete=False)
+
+    def look(self) -> None:
+        """Read what workers have reported since; once a minute, bring the manifest up to date."""
+        for path in (self.folder / ".unfinished").glob("*.progress"):
+            with open(path, "rb") as file:
+                file.seek(self.seen[path.stem])
+                news = file.read()
+            self.seen[path.stem] += len(news)
+            self.images += news.count(b"+")
+            self.bar.update(len(news))
+        if rows := self.seen.total():
+            speed = self.images / (time.monotonic() - self.started)
+            self.bar.set_postfix_str(f"{speed:.1f} images/s, {self.images / rows:.0%} ok", refresh=False)
+        if time.monotonic() - self.saved > 60:
+            self.save(complete=False)
+
+    def save(self, complete: bool) -> None:
+        """Write the manifest with the shards that are done by now."""
+        for name in self.seen:
+            if is_done(self.folder, name):
+                self.entries[name] = shard_entry(self.folder, name)
+        entries = [self.entries[name] for name in self.names if name in self.entries]
+        write_manifest(self.folder, self.head | {"complete": complete}, entries)
+        self.saved = time.monotonic()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after: what is about to happen, what came of it, and whether a folder is sound.
+
+
+def claim_folder(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Make or enter the output folder. Returns its manifest, None for a new one. Raises DataError if it isn't ours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Held until this process ends. Not a file in the folder, which would have to be cleaned up.
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(f"--output_dir {folder} is a file", 2) from None
+    except BlockingIOError:
+        raise DataError(f"--output_dir {folder}: another data.py is at work in it", 2) from None
+    manifest = read_manifest(folder)
+    if manifest is None:
+        strangers = sorted({path.name for path in folder.iterdir()} - {".manifest.json.part"})
+        if strangers:
+            found = ", ".join(strangers[:3])
+            raise DataError(f"--output_dir {folder} holds {found} but no manifest.json: data.py did not make it", 2)
+        return None
+    if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
+        return None  # nothing there that other settings could be mixed with
+    refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in SETTINGS})
+    return manifest
+
+
+def refuse_difference(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise DataError that names everything in which a rerun differs from the run that made the folder."""
+    differences = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
+    if differences:
+        raise DataError(f"--output_dir {folder} was made otherwise: {'; '.join(differences)}. Use another folder", 2)
+
+
+def check_tools(args: argparse.Namespace) -> None:
+    """Refuse at once what would fail later: a distributor that isn't installed, wandb without a login."""
+    if args.distributor != "multiprocessing" and importlib.util.find_spec(args.distributor) is None:
+        sentence = f"--distributor {args.distributor}: that package is not installed (pip install {args.distributor})"
+        raise DataError(sentence, 2)
+    if importlib.util.find_spec("img2dataset") is None:
+        raise DataError("img2dataset is not installed (pip install img2dataset)", 2)
+    if args.enable_wandb and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        try:
+            logged_in = wandb.login(verify=True)
+        except Exception as error:  # wandb raises several kinds, requests' own among them
+            raise DataError(f"--enable_wandb: can't log in to wandb: {str(error).splitlines()[0]}", 2) from None
+        if not logged_in:
+            raise DataError("--enable_wandb: not logged in to wandb; run `wandb login`, or set WANDB_MODE=offline", 2)
+
+
+def expected_bytes(rows: int, args: argparse.Namespace) -> int:
+    """Disk space if every row becomes an image: 0.4 bytes per pixel at quality 95, half as much for 12 less.
+
+    The images of the shards at work lie there twice, until they are put in order.
+    """
+    rows += min(rows, args.processes_count * args.number_sample_per_shard)
+    return int(rows * (args.image_size**2 * 0.4 * 2 ** ((args.encode_quality - 95) / 12) + 1500))
+
+
+def clear_unfinished(folder: Path) -> Path:
+    """Remove what an interrupted run left of unfinished shards; returns the (absent) hidden folder for new ones."""
+    finish_renames(folder)
+    shutil.rmtree(folder / ".unfinished", ignore_errors=True)
+    return folder / ".unfinished"
+
+
+def keep_rows_to_do(folder: Path, work: Path, names: Sequence[str], retry_failed: bool) -> int:
+    """Of the shards that are done, leave only the rows to try again, if any. Returns the number of rows to do."""
+    to_do = 0
+    for name in names:
+        path = work / f"{name}.arrow"
+        with pa.ipc.open_file(path) as reader:
+            table = reader.read_all()
+        if is_done(folder, name):
+            status = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"]
+            table = table.filter(pc.not_equal(status, "ok")) if retry_failed else table.slice(0, 0)
+            path.unlink()
+            if len(table):
+                write_rows(path, table)
+        to_do += len(table)
+    return to_do
+
+
+def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
+    """(images, a table of outcomes by reason and of the ten hosts that failed most) over the shards that are done."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    hosts: collections.Counter[str] = collections.Counter()
+    for name in names:
+        if is_done(folder, name):
+            table = pq.read_table(folder / f"{name}.parquet", columns=["status", "url"])
+            outcomes.update(table["status"].to_pylist())
+            failed = table.filter(pc.not_equal(table["status"], "ok"))["url"].to_pylist()
+            hosts.update(re.sub(r"^\w+://([^/?#]*@)?([^/?#]*).*$", r"\2", url, flags=re.S).lower() for url in failed)
+    rows = max(1, outcomes.total())
+    lines = [f"  {reason:<20}{count:>10,}  {count / rows:6.1%}" for reason, count in outcomes.most_common()]
+    if hosts:
+        lines += ["Hosts that failed most:", *(f"  {host:<40}{count:>10,}" for host, count in hosts.most_common(10))]
+    return outcomes["ok"], "\n".join(["Outcomes:", *lines])
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Read every shard against the manifest and decode every image. Returns what is wrong, a sentence for each."""
+    from tqdm import tqdm
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"--check {folder}: there is no manifest.json", 2)
+    problems = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
+    named = {entry["name"] for entry in manifest["shards"]}
+    problems += [
+        f"{path.name} is not in the manifest" for path in sorted(folder.glob("*.tar")) if path.name not in named
+    ]
+    total = sum(entry["count"] for entry in manifest["shards"])
+    with tqdm(total=total, unit=" images", dynamic_ncols=True) as bar, ThreadPoolExecutor(os.cpu_count()) as threads:
+        for entry in manifest["shards"]:
+            problems += [f"{entry['name']}: {problem}" for problem in check_shard(folder, entry, threads, bar.update)]
+    return problems
+
+
+def check_shard(folder: Path, entry: dict[str, Any], threads: ThreadPoolExecutor, tick: Callable) -> Iterator[str]:
+    """Yield what is wrong with one shard, its entry in the manifest and its parquet."""
+    path = folder / entry["name"]
+    if not path.is_file():
+        yield "is missing"
+        return
+    if path.stat().st_size != entry["bytes"]:
+        yield f"has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+    elif file_sha256(path) != entry["sha256"]:
+        yield "differs from the SHA-256 in the manifest"
+    found = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while member := tar.next():
+                found.append((member.name, member.offset_data, member.size))
+                tar.members.clear()  # or tarfile keeps them all
+        table = pq.read_table(path.with_suffix(".parquet"))
+    except (tarfile.TarError, OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        yield f"can't be read, it or its parquet: {error}"
+        return
+    keys = table.filter(pc.equal(table["status"], "ok"))["key"].to_pylist()
+    images, captions = entry["image_bytes"], entry["caption_bytes"]
+    if not entry["count"] == len(keys) == len(images) == len(captions):
+        yield f"the manifest counts {entry['count']} images, the parquet {len(keys)}"
+        return
+    expected = []
+    for key, start, image, caption in zip(keys, image_offsets(images, captions), images, captions, strict=True):
+        expected += [(f"{key}.jpg", start, image), (f"{key}.txt", start + padded(image), caption)]
+    if found != expected:
+        yield f"its {len(found)} members are not the {len(expected)} that the manifest and the parquet list, in order"
+
+    def open_image(member: tuple[str, int, int]) -> str | None:
+        name, start, size = member
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        try:
+            with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+                image.load()
+        except Exception as error:
+            return f"{name} can't be decoded: {type(error).__name__}"
+        return None
+
+    for problem in threads.map(open_image, [member for member in found if member[0].endswith(".jpg")]):
+        tick()
+        if problem:
+            yield problem
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line.
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags; every problem is reported at once, with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="python data.py [--output_dir DIR] [flags] | python data.py --check DIR",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    cores = min(8, os.cpu_count() or 1)
+    add = parser.add_argument_group("captions").add_argument
+    add(
+        "--dataset_name", default="recastai/LAION-art-EN-improved-captions", help="Hub dataset; only its parquet files"
+    )
+    add("--revision", help="commit, branch or tag; default: the commit that the folder was made from, or main")
+    add("--caption_file", help="a local parquet file, or a folder of them, instead of a Hub dataset")
+    add("--url_column", default="url", help="column with the URL of the image")
+    add("--caption_column", default="generated_caption", help="column with the caption")
+    add("--filter", nargs="+", action="extend", default=[], metavar="TEST", help='rows to keep, as in "punsafe<0.1"')
+    add("--max_samples", type=int, default=250_000, help="rows to fetch, after the shuffle")
+    add("--seed", type=int, default=0, help="of the shuffle")
+    add = parser.add_argument_group("images").add_argument
+    add("--image_size", type=int, default=512, help="width and height; the middle of each image is kept")
+    add("--min_image_size", type=int, help="shorter sides are refused, never enlarged; default: --image_size")
+    add("--encode_quality", type=int, default=95, help="of the JPEG, 1 to 100")
+    add("--max_bytes", type=int, default=16 * MIB, help="of one response; larger ones are refused")
+    add(
+        "--max_pixels",
+        type=int,
+        default=25_000_000,
+        help="of one image by its header, before it is decoded; WebP, AVIF, "
+        "TIFF and some JPEG take more memory to decode: 7 million and up for the same memory",
+    )
+    add(
+        "--verify_hash",
+        metavar="COLUMN_OR_PATH",
+        help="refuse images whose bytes differ from the SHA-256 in this column, "
+        "or in an earlier output folder or parquet of this script",
+    )
+    add(
+        "--honor_opt_outs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse what an X-Robots-Tag header (noai, noimageai, noindex, noimageindex, noml) keeps from us",
+    )
+    add(
+        "--allow_private_addresses", action="store_true", help="contact addresses that are not public: mirrors at home"
+    )
+    add = parser.add_argument_group("download").add_argument
+    add("--processes_count", type=int, default=cores, help="processes; each works on one shard")
+    add("--thread_count", type=int, default=128, help="requests at a time in each process")
+    add(
+        "--distributor",
+        choices=("multiprocessing", "pyspark", "ray"),
+        default="multiprocessing",
+        help="the last two need a file system that all machines share",
+    )
+    add("--number_sample_per_shard", type=int, default=5000, help="rows in a shard")
+    add("--timeout", type=float, default=10, help="seconds for the connection, and between two pieces of an answer")
+    add("--deadline", type=float, default=30, help="seconds for a whole request, redirects included")
+    add("--retries", type=int, default=1, help="more tries after a failure that may pass")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="laion_art", help="new, or made by the same command: then the run goes on")
+    add("--min_success", type=float, default=0.5, help="exit code 0 needs this share of the rows to become images")
+    add("--retry_failed", action="store_true", help="try the rows again that failed in an earlier run")
+    add("--enable_wandb", action="store_true", help="img2dataset reports to wandb")
+    add("--check", metavar="DIR", help="read a finished folder back, open every image, and say what is wrong")
+    args = parser.parse_args(input_args)
+    if args.min_image_size is None:
+        args.min_image_size = args.image_size
+    if args.caption_file:
+        args.dataset_name = None
+    if problems := validate_args(args):
+        parser.error("\n  " + "\n  ".join(problems))
+    return args
+
+
+def validate_args(args: argparse.Namespace) -> list[str]:
+    """Every problem with the flags, one sentence for each."""
+    problems = []
+    for name, lowest, highest in (
+        ("max_samples", 1, math.inf),
+        ("seed", 0, math.inf),
+        ("image_size", 8, 65500),
+        ("min_image_size", 1, math.inf),
+        ("encode_quality", 1, 100),
+        ("max_bytes", 1024, math.inf),
+        ("max_pixels", 64, math.inf),
+        ("processes_count", 1, math.inf),
+        ("thread_count", 1, math.inf),
+        ("number_sample_per_shard", 1, math.inf),
+        ("timeout", 0.001, math.inf),
+        ("deadline", 0.001, math.inf),
+        ("retries", 0, math.inf),
+        ("min_success", 0, 1),
+    ):
+        value = getattr(args, name)
+        if not lowest <= value <= highest:  # NaN fails too
+            allowed = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+            problems.append(f"--{name} must be {allowed}, got {value}")
+    for text in args.filter:
+        try:
+            parse_filter(text)
+        except ValueError:
+            example = """'punsafe<0.1' or 'LANGUAGE=="en"'"""
+            problems.append(
+                f"--filter must be a column, one of {' '.join(COMPARISONS)}, a value, as {example}; got {text!r}"
+            )
+    if args.revision and args.caption_file:
+        problems.append("--revision belongs to a Hub dataset, --caption_file is a local one: give one of them")
+    return problems
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit code. Raises DataError, OSError or KeyboardInterrupt; `run` puts them in a sentence."""
+    # 1. Only reading back
+    if args.check:
+        problems = check_folder(Path(args.check))
+        print("\n".join(problems) or f"{args.check}: everything is as the manifest says, and every image opens.")
+        return 1 if problems else 0
+
+    # 2. Refuse what can't work, before anything is downloaded
+    check_tools(args)
+    args.output_dir = str(Path(args.output_dir).absolute())
+    folder = Path(args.output_dir)
+    manifest = claim_folder(folder, args)
+
+    # 3. Captions: the files, their hashes, the columns
+    if args.caption_file:
+        commit, files = None, local_captions(args.caption_file)
+    else:
+        revision = args.revision or (manifest and manifest["input"]["revision"])
+        print(f"Captions: {args.dataset_name} from the Hub, revision {revision or 'main'}.")
+        commit, files = fetch_captions(args.dataset_name, revision, resumed=manifest is not None)
+    wanted = {args.url_column: "--url_column", args.caption_column: "--caption_column"}
+    wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
+    expected = None
+    if args.verify_hash and Path(args.verify_hash).exists():
+        expected = Hashes(Path(args.verify_hash))
+    elif args.verify_hash:
+        wanted[args.verify_hash] = "--verify_hash (no such path, so taken for a column)"
+    check_columns(files, wanted)
+
+    # 4. Choose the rows, the same ones each time
+    order, total, dropped = select_rows(files, args)
+    rows = len(order)
+    if not rows:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)
+        raise DataError(f"none of the {total:,} rows is left to fetch ({reasons})")
+    source = {
+        "dataset_name": args.dataset_name,
+        "revision": commit,
+        "files": [{"name": name, "sha256": file_sha256(path)} for name, path in files],
+        "chosen_rows_sha256": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
+        "verify_hash_sha256": expected and expected.fingerprint(),
+    }
+    if manifest:
+        refuse_difference(folder, manifest["input"], source)
+    head = {
+        "format": FORMAT,
+        "complete": False,
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "input": source,
+        "rows": {"read": total, "dropped": dropped, "chosen": rows},
+    }
+    if manifest is None:
+        write_manifest(folder, head, [])  # from here on the folder is known as ours
+    work = clear_unfinished(folder)
+
+    # 5. Say what is about to happen
+    names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
+    work.mkdir()
+    write_shard_inputs(files, order, work, args, expected)
+    to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
+    del order, expected
+    print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
+    for reason, count in dropped.items():
+        print(f"  dropped, {reason}: {count:,}")
+    print(f"Rows chosen: {rows:,}, in {len(names):,} shards of {args.number_sample_per_shard:,} in {folder}")
+    print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
+    need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9
+    print(f"Disk space: up to about {need:,.2f} GB if every row gives an image; {free:,.2f} GB are free.")
+    if need > free:
+        print("That may not fit. The run stops when the disk is full, and the same command goes on from there.")
+    if not args.verify_hash:
+        print(
+            "Images can't be compared with what the captions were written for: no hash is known (see --verify_hash)."
+        )
+
+    # 6. Download, shard by shard
+    progress = Progress(folder, head, names, rows, rows - to_do)
+    try:
+        if to_do:
+            run_img2dataset(args, progress.look)
+    finally:
+        progress.bar.close()
+        clear_unfinished(folder)
+        progress.save(complete=all(is_done(folder, name) for name in names))
+        images, table = summarize(folder, names)
+        print(table)
+
+    # 7. The truth
+    print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
+    if images < args.min_success * rows:
+        raise DataError(
+            f"{images / rows:.1%} of the rows became images, --min_success asks for {args.min_success:.1%}"
+        )
+    return 0
+
+
+def interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run(args: argparse.Namespace) -> int:
+    """`main`, with every foreseeable end put in one sentence. Returns the exit code."""
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.stdout.reconfigure(line_buffering=True)
+    again = "Finished shards are kept; the same command goes on from there."
+    try:
+        return main(args)
+    except DataError as error:
+        sentence, code = str(error), error.code
+        if code == 1 and "min_success" not in sentence and not args.check:
+            sentence += f". {again}"
+    except KeyboardInterrupt:
+        sentence, code = f"stopped. {again}", 130
+    except OSError as error:
+        sentence, code = f"{error.filename or 'the disk'}: {error.strerror or error}. {again}", 1
+    print(f"data.py: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(parse_args()))
