@@ -54,6 +54,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import xopen
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -97,6 +99,10 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 class UserError(ValueError):
     """A mistake in the flags, the models or the data: shown as one sentence, exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker wraps its traceback round the sentence, which is all that the user needs.
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
 
 
 class TrainingError(RuntimeError):
@@ -256,7 +262,8 @@ def check_student(student: UNet2DConditionModel, teacher_config: Mapping[str, An
             f"differ, the first being {key} ({found.get(key, 'absent')} instead of {wanted.get(key, 'absent')})."
         )
     levels = len(expected.config.block_out_channels)
-    for key in ("attention_head_dim", "norm_num_groups"):  # no tensor's shape depends on these
+    # No tensor's shape depends on these.
+    for key in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos", "freq_shift"):
         mine, theirs = (np.broadcast_to(net.config[key], levels).tolist() for net in (student, expected))
         if mine != theirs:
             raise UserError(
@@ -461,6 +468,8 @@ class TarShards(Sequence):
         manifest = folder / "manifest.json"
         if manifest.is_file():
             content = json.loads(manifest.read_text(), object_hook=self._compact)
+            if "shards" not in content:
+                raise UserError(f"{manifest} is not one that data.py wrote: remove it to read all *.tar beside it.")
             if not content.get("complete", True):
                 warnings.warn(f"{manifest} is of an unfinished download: training on what is there.", stacklevel=2)
             shards = content["shards"]
@@ -532,8 +541,11 @@ class TarShards(Sequence):
             image, caption = (self._read(shard, place[name], place[f"{name}_bytes"]) for name in ("image", "caption"))
         text: Any = caption.decode("utf-8", errors="replace")
         if place["json"]:
-            record = json.loads(text)
-            text = record.get(self.caption_column, record.get("caption"))
+            try:
+                record = json.loads(text)
+            except ValueError:
+                record = None
+            text = record.get(self.caption_column, record.get("caption")) if isinstance(record, dict) else None
         return {"image": {"bytes": image}, "text": text}
 
     def select(self, indices: Sequence[int]) -> "TarShards":
@@ -562,8 +574,13 @@ def prepare_example(
     rng = random.Random(seed)
     try:
         source = example[columns[0]]
-        data = source["bytes"] if source["bytes"] is not None else Path(source["path"]).read_bytes()
-        image = decode_image(data)
+        if source["bytes"] is None:
+            with xopen(source["path"], "rb") as file:  # a path may lie on the hub, or in a zip
+                source = {"bytes": file.read()}
+        image = decode_image(source["bytes"])
+        longest = 16 * min(image.size)  # resizing a thin strip before it is cropped would take gigabytes
+        if max(image.size) > longest:
+            image = v2.functional.center_crop(image, [min(side, longest) for side in image.size[::-1]])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pixel_values = transform(image)
@@ -640,6 +657,7 @@ class StreamingDataset(IterableDataset):
         self.columns = columns
         self.seed = seed
         self.rank = rank
+        self.shuffled = False
         self.skip = 0  # rows that every worker reads past
         self.preparation = preparation
 
@@ -650,9 +668,10 @@ class StreamingDataset(IterableDataset):
         counts = torch.zeros(3, dtype=torch.int64)
         vacant = 0  # places of broken rows, waiting for the next good one
         while True:
-            self.rows.set_epoch(epoch)
+            order = derived_seed(self.seed, "order", epoch) % 2**32
+            rows = self.rows.shuffle(seed=order) if self.shuffled else self.rows
             position = -1
-            for position, row in enumerate(self.rows):
+            for position, row in enumerate(rows):
                 if to_skip > 0:
                     to_skip -= 1
                     continue
@@ -667,6 +686,8 @@ class StreamingDataset(IterableDataset):
                 for _ in range(vacant):
                     yield example
                 vacant = 0
+            if position < 0:
+                raise UserError("The stream has fewer samples than there are processes and workers to share them.")
             if vacant > position:
                 raise UserError(f"No sample of the stream can be used: {describe_counts(counts)}.")
             epoch += 1
@@ -719,8 +740,8 @@ def list_images(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def load_rows(args: argparse.Namespace) -> TarShards | datasets.Dataset | datasets.IterableDataset:
-    """The undecoded rows that the flags name. Raises `UserError` where they cannot be had."""
+def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
+    """The undecoded rows of a dataset or an image folder. Raises `UserError` where they cannot be had."""
     try:
         if args.dataset_name is not None:
             rows = datasets.load_dataset(
@@ -730,16 +751,12 @@ def load_rows(args: argparse.Namespace) -> TarShards | datasets.Dataset | datase
                 cache_dir=args.cache_dir,
                 streaming=args.streaming,
             )
-        elif any(Path(args.train_data_dir).glob("*.tar")) or (Path(args.train_data_dir) / "manifest.json").is_file():
-            return TarShards(Path(args.train_data_dir), args.caption_column)
         else:
             rows = datasets.load_dataset(
                 "imagefolder", data_dir=args.train_data_dir, split="train", cache_dir=args.cache_dir
             )
         if rows.features is None:  # a stream of a format without a schema: its first rows tell
             rows = rows._resolve_features()
-    except UserError:
-        raise
     except Exception as error:  # no network, no such dataset, no such split, files of mixed types, ...
         source = (
             f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
@@ -770,9 +787,11 @@ def make_train_dataset(
     args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
 ) -> DistillationDataset | StreamingDataset:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
-    with accelerator.main_process_first():  # the others find the first one's cache
-        rows = load_rows(args)
-    columns = ("image", "text") if isinstance(rows, TarShards) else (args.image_column, args.caption_column)
+    if args.train_data_dir is not None and any(Path(args.train_data_dir).glob("*.tar")):
+        rows, columns = TarShards(Path(args.train_data_dir), args.caption_column), ("image", "text")
+    else:
+        with accelerator.main_process_first():  # the others find the first one's cache
+            rows, columns = load_rows(args), (args.image_column, args.caption_column)
     preparation = {
         "transform": image_transforms(
             args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode
@@ -800,7 +819,7 @@ def make_dataloader(
     workers, discard = args.dataloader_num_workers, 0
     if isinstance(dataset, StreamingDataset):
         workers = min(workers, dataset.rows.num_shards)  # a worker without a shard would wait for ever
-        dataset.rows = dataset.rows.shuffle(seed=args.seed)
+        dataset.shuffled = True
         rounds, discard = divmod(first, max(workers, 1))  # workers take turns, batch by batch
         dataset.skip = rounds * args.train_batch_size
         order: dict[str, Any] = {"batch_size": args.train_batch_size}
@@ -840,11 +859,11 @@ def load_component(component: type, source: str, flag: str, args: argparse.Names
     otherwise goes on with a warning.
     """
     is_teacher_source = source == args.pretrained_model_name_or_path
-    kwargs |= {"revision": args.revision, "variant": args.variant} if is_teacher_source else {}
+    kwargs |= {"revision": args.revision} if is_teacher_source else {}
+    if is_teacher_source and issubclass(component, (nn.Module, DiffusionPipeline)):
+        kwargs |= {"variant": args.variant}
     if issubclass(component, nn.Module):
         kwargs |= {"dtype": torch.float32, "output_loading_info": True}
-    else:
-        kwargs.pop("variant", None)
     try:
         loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # absent, not reachable, cut short, of another class, ...
@@ -1035,8 +1054,7 @@ class MetricLog:
         terms = {name: value for name, value in self.last.items() if not (scaled and name == "grad_norm")}
         broken = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
         if broken:
-            goes_on = f"go on from {self.last_checkpoint}" if self.last_checkpoint else "there is no checkpoint yet"
-            raise TrainingError(f"Stopped, since at step {step} {', '.join(broken)}; the weights are lost, {goes_on}.")
+            raise TrainingError(f"Stopped, since at step {step} {', '.join(broken)}; {goes_on(self.last_checkpoint)}.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1072,9 +1090,13 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     )
 
 
-def prune_checkpoints(output_dir: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints; returns the deleted ones."""
-    checkpoints = list_checkpoints(output_dir)
+def prune_checkpoints(output_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints, of those up to step `newest`; returns the deleted ones."""
+    checkpoints = [
+        path
+        for path in list_checkpoints(output_dir)
+        if newest is None or int(CHECKPOINT_NAME.fullmatch(path.name)[1]) <= newest
+    ]
     surplus = checkpoints[: max(len(checkpoints) - keep, 0)]
     for path in surplus:
         shutil.rmtree(path)
@@ -1091,20 +1113,46 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
         if len(models) != 1:  # were the teacher prepared too, it would overwrite the student here
             raise RuntimeError(f"A checkpoint holds the student alone, got {len(models)} models.")
         if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(Path(output_dir) / "unet")
+            accelerator.unwrap_model(models[0], keep_torch_compile=False).save_pretrained(Path(output_dir) / "unet")
             if ema_unet is not None:
                 ema_unet.save_pretrained(Path(output_dir) / "unet_ema")
         weights.clear()  # accelerate then writes no copy of its own
 
     def load(models: list[nn.Module], input_dir: str) -> None:
         student = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet")
-        accelerator.unwrap_model(models.pop()).load_state_dict(student.state_dict(), strict=True)
+        accelerator.unwrap_model(models.pop(), keep_torch_compile=False).load_state_dict(
+            student.state_dict(), strict=True
+        )
         if ema_unet is not None:
             saved = EMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DConditionModel)
             ema_unet.load_state_dict(saved.state_dict())
             ema_unet.to(accelerator.device)
 
     return save, load
+
+
+def read_trainer_state(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What `save_checkpoint` noted. Raises `UserError` where it is damaged or `args` cannot go on from there."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint}/trainer_state.json cannot be read ({first_line(error)}).") from None
+    for name in ("distill_level", "use_ema"):
+        if state[name] != getattr(args, name):
+            raise UserError(f"{checkpoint} was saved with {name} {state[name]}: --{name} must be the same.")
+    if args.max_train_steps is not None and state["global_step"] > args.max_train_steps:
+        raise UserError(f"{checkpoint} is already past --max_train_steps {args.max_train_steps}.")
+    return state
+
+
+def check_finite(model: nn.Module, last_checkpoint: Path | None) -> None:
+    """Raise `TrainingError` where the weights are lost: they must not be saved as if they were good."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise TrainingError(f"Stopped, since the weights are not finite; {goes_on(last_checkpoint)}.")
+
+
+def goes_on(last_checkpoint: Path | None) -> str:
+    return f"go on from {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
 
 
 def save_checkpoint(run: Distillation, step: int) -> Path:
@@ -1119,13 +1167,14 @@ def save_checkpoint(run: Distillation, step: int) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         samples = step * total_batch_size(args, accelerator)
-        state = {"global_step": step, "samples_seen": samples, "seed": args.seed}
+        state = {"global_step": step, "samples_seen": samples}
+        state |= {name: getattr(args, name) for name in ("seed", "distill_level", "use_ema")}
         (partial / "trainer_state.json").write_text(json.dumps(state, indent=2))
         if path.exists():
             shutil.rmtree(path)  # the same step of the same run, taken again after resuming from an earlier one
         partial.rename(path)
         if args.checkpoints_total_limit is not None:
-            for old in prune_checkpoints(args.output_dir, args.checkpoints_total_limit):
+            for old in prune_checkpoints(args.output_dir, args.checkpoints_total_limit, newest=step):
                 logger.info(f"Removed {old} (--checkpoints_total_limit {args.checkpoints_total_limit})")
         logger.info(f"Saved {path}")
     accelerator.wait_for_everyone()
@@ -1158,13 +1207,14 @@ def generate_images(
         subfolder="scheduler",
         revision=args.revision,
         cache_dir=args.cache_dir,
+        local_files_only=True,  # it was read at the start; nothing in the loop waits for the hub
         **overrides,
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=accelerator.unwrap_model(unet),
+        unet=accelerator.unwrap_model(unet, keep_torch_compile=False),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -1261,9 +1311,11 @@ def taps_off(run: Distillation) -> Iterator[None]:
     taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap is not None]
     for tap in taps:
         tap.enabled = False
-    yield
-    for tap in taps:
-        tap.enabled = True
+    try:
+        yield
+    finally:
+        for tap in taps:
+            tap.enabled = True
 
 
 def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
@@ -1286,6 +1338,12 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
         if isinstance(model, nn.Module):
             for tensor in model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.data.contiguous()
+    sample = torch.randn(1, unet.config.in_channels, 8, 8)
+    text = torch.randn(1, 4, pipeline.text_encoder.config.hidden_size)
+    with torch.no_grad():
+        expected = unet.eval()(sample, 500, text, return_dict=False)[0]
+    if not expected.isfinite().all():
+        raise TrainingError("The student's prediction is not finite: nothing is saved.")
     pipeline.save_pretrained(args.output_dir)
     loaded = DiffusionPipeline.from_pretrained(args.output_dir, dtype=torch.float32)
     for name, model in pipeline.components.items():
@@ -1293,11 +1351,9 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
             saved, read = model.state_dict(), getattr(loaded, name).state_dict()
             if saved.keys() != read.keys() or any(not torch.equal(saved[key], read[key]) for key in saved):
                 raise TrainingError(f"{args.output_dir}/{name} does not hold what was saved: is the disk sound?")
-    sample = torch.randn(1, unet.config.in_channels, 8, 8)
-    text = torch.randn(1, 4, pipeline.text_encoder.config.hidden_size)
     with torch.no_grad():
-        outputs = [net.eval()(sample, 500, text, return_dict=False)[0] for net in (unet, loaded.unet)]
-    if not torch.allclose(*outputs, rtol=1e-4, atol=1e-5):  # rounding differs with where in memory the weights lie
+        found = loaded.unet.eval()(sample, 500, text, return_dict=False)[0]
+    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):  # rounding depends on where in memory weights lie
         raise TrainingError(f"{args.output_dir}/unet computes something else than the trained student.")
 
 
@@ -1318,12 +1374,17 @@ def save_model_card(
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
         prompts = "; ".join(args.validation_prompts or [])
-        picture = f"\n![Teacher above student, same noise](./val_imgs_grid.png)\n\nPrompts, left to right: {prompts}\n"
+        picture = f"\n![Pictures of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {prompts}\n"
     data = args.dataset_name or "a local folder of captioned images"
     table = "\n".join(f"| {key} | {value} |" for key, value in (facts or {}).items())
+    local = ("pretrained_model_name_or_path", "student_model_name_or_path", "train_data_dir", "dataset_name")
+    places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
     settings = "\n".join(
-        f"- `{key}`: {value}" for key, value in sorted(public_args(args).items()) if value is not None
+        f"- `{key}`: {value}"
+        for key, value in sorted({**public_args(args), **places}.items())
+        if value is not None and key not in ("output_dir", "cache_dir", "logging_dir")
     )
+    teacher = places.get("pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     card = ModelCardData(
         license="creativeml-openrail-m",
         library_name="diffusers",
@@ -1339,7 +1400,7 @@ def save_model_card(
 # {repo_id}
 
 A Stable Diffusion pipeline whose U-Net was pruned ({args.distill_level}, {row.paper_name} in the BK-SDM paper) and
-distilled from **{args.pretrained_model_name_or_path}** on {data}, with
+distilled from **{teacher}** on {data}, with
 `loss = task + {args.output_weight} * output + {args.feature_weight} * feature`.
 {picture}
 | | |
@@ -1532,8 +1593,8 @@ def validate_args(args: argparse.Namespace) -> list[str]:
             problems.append(f"--report_to must be one of {known}, all, none; got {args.report_to}.")
         elif args.report_to not in [str(tracker) for tracker in get_available_trackers()]:
             problems.append(f"--report_to {args.report_to} is not installed: pip install it, or choose another.")
-    if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        problems.append("--hub_token would be shown by wandb: log in with `hf auth login` instead.")
+    if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
+        problems.append(f"--hub_token could be shown by {args.report_to}: log in with `hf auth login` instead.")
     return problems
 
 
@@ -1585,8 +1646,10 @@ def output_problems(args: argparse.Namespace) -> list[str]:
         ]
     if (folder / "model_index.json").exists():
         return [f"--output_dir {folder} holds a finished pipeline: choose another folder."]
-    if not (folder / "args.json").exists():  # else what is there was written by a run that did not get far
-        for name in ("README.md", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "validation"):
+    settings = folder / "args.json"
+    if not (settings.is_file() and '"distill_level"' in settings.read_text()):  # else it is a run's that stopped early
+        written = ("README.md", "args.json", "val_imgs_grid.png", "validation", "unet", "vae", "text_encoder")
+        for name in (*written, "tokenizer", "scheduler", "safety_checker", "feature_extractor"):
             if (folder / name).exists():
                 return [f"--output_dir {folder} holds {name}, which is not from a run of this script: choose another."]
     return []
@@ -1601,10 +1664,10 @@ def public_args(args: argparse.Namespace) -> dict[str, Any]:
 # Training.
 
 
-def make_optimizer(args: argparse.Namespace, unet: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, unet: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW over the student's parameters, fused where the device has it, or in 8 bits."""
     settings = {
-        "lr": args.learning_rate,
+        "lr": learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
@@ -1664,6 +1727,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=project,
         step_scheduler_with_optimizer=False,  # else it would be stepped once for every process
+        # The others wait while the main process downloads, paints or saves; ten minutes are not enough for that.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
     if accelerator.mixed_precision not in WEIGHT_DTYPES:
         raise UserError(
@@ -1680,12 +1745,13 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
         library.disable_progress_bar()
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    state = read_trainer_state(checkpoint, args) if checkpoint else {}
     if args.seed is None:
         args.seed = broadcast_object_list([state.get("seed", secrets.randbelow(2**31))])[0]
         logger.info(f"Seed {args.seed} (as in the checkpoint)" if state else f"Seed {args.seed} (drawn)")
     set_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
 
     # 2. What is read before any weights: configs, tokenizer, data.
     source, flag = args.pretrained_model_name_or_path, "pretrained_model_name_or_path"
@@ -1696,16 +1762,25 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
     if noise_scheduler.config.prediction_type not in PREDICTION_TYPES:
         raise UserError(
-            f"The teacher's scheduler says prediction_type {noise_scheduler.config.prediction_type}; this script knows "
-            f"{' and '.join(PREDICTION_TYPES)}, say which with --prediction_type."
+            f"The teacher's scheduler has prediction_type {noise_scheduler.config.prediction_type}; known are "
+            f"{' and '.join(PREDICTION_TYPES)}: say which it is with --prediction_type."
         )
     dataset = make_train_dataset(args, tokenizer, accelerator)
 
-    # 3. Text encoder, VAE, teacher and student.
+    repo_id = args.hub_model_id or output_dir.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+        except Exception as error:  # not logged in, out of reach, no such user, ...
+            raise UserError(f"--push_to_hub: {repo_id} cannot be made on the hub: {first_line(error)}") from error
+
+    # 3. Text encoder, VAE, teacher and student. The rest is read too, so that saving it can't fail after days.
     text_encoder = load_component(CLIPTextModel, source, flag, args, subfolder="text_encoder")
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     vae = load_component(AutoencoderKL, source, flag, args, subfolder="vae")
     unet, teacher_unet = load_unets(args, teacher_config)
+    used_above = dict.fromkeys(("unet", "vae", "text_encoder", "tokenizer"))
+    load_component(StableDiffusionPipeline, source, flag, args, **used_above)
     with torch.device("meta"):
         teacher_parameters = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
 
@@ -1733,11 +1808,10 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
 
     # 6. Optimiser and schedule.
     total_batch = total_batch_size(args, accelerator)
-    if args.scale_lr:
-        args.learning_rate *= total_batch
+    learning_rate = args.learning_rate * (total_batch if args.scale_lr else 1)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
-    optimizer = make_optimizer(args, unet)
+    optimizer = make_optimizer(args, unet, learning_rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer=optimizer,
@@ -1759,6 +1833,11 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     accelerator.register_load_state_pre_hook(load_hook)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
+        if args.offload_ema:
+            ema_unet.to("cpu")
+        if list_checkpoints(output_dir)[-1:] not in ([], [checkpoint]):
+            logger.warning(f"{output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
     global_step = state.get("global_step", 0)
     first_micro_batch = state.get("samples_seen", 0) // (args.train_batch_size * accelerator.num_processes)
     run = Distillation(
@@ -1796,12 +1875,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             "Output": output_dir,
         }
     )
-    repo_id = args.hub_model_id or output_dir.resolve().name
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
-        if args.push_to_hub:
-            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
     if args.report_to != "none":
         settings = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers(args.tracker_project_name, config=settings)
@@ -1838,6 +1914,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         if saves or validates:
             seconds += time.perf_counter() - started
             if saves:
+                check_finite(unet, metrics.last_checkpoint)
                 metrics.last_checkpoint = save_checkpoint(run, global_step)
             if validates:
                 validate(run, tokenizer, teacher_images, global_step)
@@ -1851,8 +1928,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     # 11. Save the pipeline, check it, describe it, share it.
     steps = max(args.max_train_steps - first_step, 0)
     counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
+    check_finite(unet, metrics.last_checkpoint)
     if accelerator.is_main_process:
-        student = accelerator.unwrap_model(unet, keep_fp32_wrapper=False)
+        student = accelerator.unwrap_model(unet, keep_fp32_wrapper=False, keep_torch_compile=False)
         if ema_unet is not None:
             ema_unet.copy_to(student.parameters())
         save_pipeline(args, student)
@@ -1865,15 +1943,21 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         grid = output_dir / "validation" / f"step-{global_step}.png"
         images = [Image.open(grid)] if grid.exists() else None
         save_model_card(args, repo_id, images, args.output_dir, facts)
-        if args.push_to_hub:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=output_dir,
-                commit_message="End of training",
-                ignore_patterns=["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*"],
-                token=args.hub_token,
-            )
     accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:
+        parts = [f"{name}/*" for name in json.loads((output_dir / "model_index.json").read_text()) if name[0] != "_"]
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message="End of training",
+            allow_patterns=[
+                "README.md",
+                "val_imgs_grid.png",
+                "model_index.json",
+                *parts,
+            ],  # no more than the run wrote
+            token=args.hub_token,
+        )
     logger.info("***** Training is done *****")
     report(
         {

@@ -139,6 +139,9 @@ class UploadHub(Server):
 def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, teacher: Path, shards: Path) -> None:
     hub = UploadHub()
     output = tmp_path / "out"
+    (output / "photos").mkdir(parents=True)
+    for name in (".env", "photos/a.txt"):
+        (output / name).write_text("the user's own")
     flags = [*training_flags(teacher, output), "--train_data_dir", str(shards), "--checkpointing_steps", "1"]
     flags += ["--push_to_hub", "--hub_model_id", "me/small", "--hub_token", "hf_secret", "--validation_prompts", "a"]
     flags[flags.index("none")] = "tensorboard"
@@ -149,8 +152,12 @@ def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, tea
         hub.close()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Bearer hf_secret" in hub.tokens
+    parts = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
     kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    assert set(hub.files) == {path for path in kept if not path.startswith(("checkpoint-", "logs/"))}
+    single = {"README.md", "val_imgs_grid.png", "model_index.json"}
+    assert set(hub.files) == single | {path for path in kept if path.startswith(parts)}
+    assert {".env", "photos/a.txt", "args.json", "checkpoint-1/optimizer.bin"} <= kept
+    assert not any(str(tmp_path).encode() in data for data in hub.files.values())
     assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(hub.files)
     assert hub.files["README.md"].startswith(b"---\n") and b"# me/small" in hub.files["README.md"]
     assert not any(b"hf_secret" in data for data in hub.files.values()) and "hf_secret" not in done.stderr
