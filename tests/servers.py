@@ -137,6 +137,7 @@ class Server:
             request.send_header(name.replace("_", "-"), value)
         if "Content_Length" not in headers:
             request.send_header("Content-Length", str(len(body)))
+        request.send_header("Connection", "close")  # else a client may send its next request into a closing socket
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(body)

@@ -214,7 +214,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "unknown tracker": (["--report_to", "abacus"], DATA, "--report_to must be one of "),
     "tracker not installed": (["--report_to", "{tracker}"], DATA, "--report_to {tracker} is not installed"),
-    "token shown": (["--hub_token", "hf_secret", "--report_to", "all"], DATA, "--hub_token would be shown by wandb"),
+    "token shown": (["--hub_token", "hf_secret", "--report_to", "all"], DATA, "--hub_token could be shown by all"),
     "offload without EMA": (["--offload_ema"], DATA, "--offload_ema needs --use_ema."),
     "foreach without EMA": (["--foreach_ema"], DATA, "--foreach_ema needs --use_ema."),
     "prepare_unet": (["--prepare_unet", "True"], DATA, "--prepare_unet was removed"),

@@ -1,12 +1,15 @@
 """What the trainer makes of shards, image folders, hub tables and of pictures in every mode."""
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
 import random
 import tarfile
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -156,15 +159,18 @@ def test_shards_with_json_captions_and_strangers(tmp_path: Path, pictures: list[
         {"png": image, "txt": b"from txt", "json": b"{}"},
         {"png": image},  # no caption: not a sample
         {"txt": b"no image"},
+        {"png": image, "json": b"{broken"},
+        {"png": image, "json": b"[1]"},
     ]
     write_tar(tmp_path / "a.tar", samples)
-    assert [row["text"] for row in dt.TarShards(tmp_path, "text")] == ["from json", ["one", "two"], "from txt"]
+    texts = [row["text"] for row in dt.TarShards(tmp_path, "text")]
+    assert texts == ["from json", ["one", "two"], "from txt", None, None]
     with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for suffix, data in (("jpg", image), ("txt", "ünïcode".encode())):
             member = tarfile.TarInfo(f"deep/{'x' * 120}.{suffix}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    assert dt.TarShards(tmp_path, "text")[3] == {"image": {"bytes": image}, "text": "ünïcode"}
+    assert dt.TarShards(tmp_path, "text")[5] == {"image": {"bytes": image}, "text": "ünïcode"}
 
 
 def write_manifest(folder: Path, pictures: list[tuple[bytes, str]]) -> dict:
@@ -381,3 +387,54 @@ def test_an_image_folder_without_captions_names_its_columns(tmp_path: Path, teac
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(dt.UserError, match="--caption_column text is not there; the columns are image"):
         dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
+
+
+def test_a_manifest_of_something_else_is_named(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
+    (write_shards(tmp_path, pictures) / "manifest.json").write_text("{}")
+    with pytest.raises(dt.UserError, match="manifest.json is not one that data.py wrote"):
+        dt.TarShards(tmp_path, "text")
+
+
+def test_all_broken_is_one_sentence_from_a_worker_too(tmp_path: Path, teacher: Path) -> None:
+    folder = write_shards(tmp_path, [(b"broken", "text")] * 3)
+    with pytest.raises(dt.UserError, match="^None of the 3 training samples can be used: [^\n]*$"):
+        batches_of(data_args(teacher, train_data_dir=folder, dataloader_num_workers=1), 1)
+
+
+def test_a_strip_is_cropped_before_it_is_resized(tmp_path: Path, teacher: Path) -> None:
+    strip = [(file_bytes(Image.new("RGB", (1, 60_000))), "a strip")]
+    dataset = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path, strip), resolution=64))
+    sizes = []
+    transform = dataset.preparation["transform"]
+    dataset.preparation["transform"] = lambda image: sizes.append(image.size) or transform(image)
+    assert dataset[0]["pixel_values"].shape == (3, 64, 64) and sizes == [(1, 16)]
+
+
+def test_images_in_an_archive_are_read(tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]]) -> None:
+    folder = write_imagefolder(tmp_path / "folder", pictures)
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    args = data_args(teacher, dataset_name=tmp_path / "zipped", cache_dir=tmp_path / "cache")
+    local = dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
+    for one, other in zip(dataset_of(args), local, strict=True):
+        assert_same([one], [other])
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_stream_is_shared_out(tmp_path: Path, teacher: Path, table: Path, ranks: int, workers: int) -> None:
+    source = {"dataset_name": table, "streaming": True, "max_train_steps": 1, "cache_dir": tmp_path}
+    args = data_args(teacher, dataloader_num_workers=workers, train_batch_size=1, **source)
+    pictures = []
+    for rank in range(ranks):
+        accelerator = SimpleNamespace(
+            process_index=rank,
+            num_processes=ranks,
+            device=torch.device("cpu"),
+            main_process_first=contextlib.nullcontext,
+        )
+        dataset = dt.make_train_dataset(args, make_tokenizer(), accelerator)
+        batches = dt.make_dataloader(dataset, args, accelerator, 0)
+        pictures += [batch["pixel_values"] for batch in itertools.islice(batches, 12 // ranks)]
+    assert len({picture.numpy().tobytes() for picture in pictures}) == 12
