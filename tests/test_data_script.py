@@ -1104,6 +1104,8 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_images(image_server, tmp_
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"DATA_TEST": str(folder)},
+            # As from a terminal, even where these tests run in a shell's background, which ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         image_server.delay = 0.05
         wait_until(lambda: image_server.hits.total() >= served + 22)
