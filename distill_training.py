@@ -1363,6 +1363,7 @@ def save_model_card(
     images: list[Image.Image] | None = None,
     repo_folder: str | None = None,
     facts: Mapping[str, Any] | None = None,
+    license: str = "creativeml-openrail-m",
 ) -> None:
     """Write `repo_folder/README.md`: what the model is, how it was made, how to load it.
 
@@ -1386,7 +1387,7 @@ def save_model_card(
     )
     teacher = places.get("pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     card = ModelCardData(
-        license="creativeml-openrail-m",
+        license=license,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         base_model=None if Path(args.pretrained_model_name_or_path).exists() else args.pretrained_model_name_or_path,
@@ -1942,7 +1943,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         }
         grid = output_dir / "validation" / f"step-{global_step}.png"
         images = [Image.open(grid)] if grid.exists() else None
-        save_model_card(args, repo_id, images, args.output_dir, facts)
+        # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
+        licence = {1024: "openrail++"}.get(student.config.cross_attention_dim, "creativeml-openrail-m")
+        save_model_card(args, repo_id, images, args.output_dir, facts, licence)
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         parts = [f"{name}/*" for name in json.loads((output_dir / "model_index.json").read_text()) if name[0] != "_"]
