@@ -42,18 +42,20 @@ import itertools
 import json
 import logging
 import math
+import os
 import random
 import re
 import resource
 import secrets
 import shutil
+import signal
 import sys
 import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
@@ -381,7 +384,7 @@ def distillation_loss(
 # from what was drawn before, so the place in the data is one number and a resumed run sees what it would have seen.
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-BROKEN_IMAGE, EMPTY_CAPTION, ENLARGED = range(3)  # what is counted about samples, see `collate_fn`
+BROKEN_IMAGE, EMPTY_CAPTION, UNREADABLE, ENLARGED = range(4)  # what is counted about samples, see `collate_fn`
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -567,7 +570,7 @@ def prepare_example(
     proportion_empty_prompts: float,
     seed: int,
 ) -> dict[str, Any] | int:
-    """One training example from an undecoded row, or BROKEN_IMAGE or EMPTY_CAPTION where it cannot be had.
+    """One training example from an undecoded row, or the reason why it cannot be had (BROKEN_IMAGE, ...).
 
     `columns` names image and caption. The caption, its dropout, the crop and the flip follow from `seed` alone.
     """
@@ -575,8 +578,11 @@ def prepare_example(
     try:
         source = example[columns[0]]
         if source["bytes"] is None:
-            with xopen(source["path"], "rb") as file:  # a path may lie on the hub, or in a zip
-                source = {"bytes": file.read()}
+            try:
+                with xopen(source["path"], "rb") as file:  # a path may lie on the hub, or in a zip
+                    source = {"bytes": file.read()}
+            except OSError:
+                return UNREADABLE
         image = decode_image(source["bytes"])
         longest = 16 * min(image.size)  # resizing a thin strip before it is cropped would take gigabytes
         if max(image.size) > longest:
@@ -593,7 +599,7 @@ def prepare_example(
         return EMPTY_CAPTION
     if rng.random() < proportion_empty_prompts:
         captions = [""]
-    counts = torch.zeros(3, dtype=torch.int64)
+    counts = torch.zeros(4, dtype=torch.int64)
     counts[ENLARGED] = min(image.size) < pixel_values.shape[-1]
     input_ids = tokenize_captions([captions], tokenizer, rng)[0]
     return {"pixel_values": pixel_values, "input_ids": input_ids, "counts": counts}
@@ -622,10 +628,13 @@ class DistillationDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # also what ends a plain `for example in dataset`
-        counts = torch.zeros(3, dtype=torch.int64)
+        counts = torch.zeros(4, dtype=torch.int64)
         for candidate in self._candidates(epoch, index):
             seed = derived_seed(self.seed, "sample", epoch, candidate)
-            example = prepare_example(self.rows[candidate], self.columns, seed=seed, **self.preparation)
+            try:
+                example = prepare_example(self.rows[candidate], self.columns, seed=seed, **self.preparation)
+            except OSError:  # a shard that vanished in mid-run
+                example = UNREADABLE
             if not isinstance(example, int):
                 example["counts"] += counts
                 return example
@@ -665,7 +674,7 @@ class StreamingDataset(IterableDataset):
         worker = get_worker_info()
         worker_id = worker.id if worker else 0
         to_skip, epoch = self.skip, 0
-        counts = torch.zeros(3, dtype=torch.int64)
+        counts = torch.zeros(4, dtype=torch.int64)
         vacant = 0  # places of broken rows, waiting for the next good one
         while True:
             order = derived_seed(self.seed, "order", epoch) % 2**32
@@ -720,10 +729,10 @@ class SeededBatches(Sampler[list[tuple[int, int]]]):
 
 
 def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: `pixel_values` (B, 3, H, W) float32, `input_ids` (B, tokens), `counts` (3,) summed over the batch.
+    """A batch: `pixel_values` (B, 3, H, W) float32, `input_ids` (B, tokens), `counts` (4,) summed over the batch.
 
-    `counts` are rows replaced for a broken image, rows replaced for an empty caption, and images enlarged. They
-    travel with the batch so that they count what was trained on, whatever the workers have read ahead.
+    `counts` are rows replaced for a broken image, for an empty caption, for a file that could not be read, and images
+    enlarged. They travel with the batch so that they count what was trained on, whatever workers have read ahead.
     """
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]).contiguous(),
@@ -732,8 +741,32 @@ def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, processes: int) -> str:
+    """What tells whether a resumed run has the same samples in the same order, wherever they now lie.
+
+    The number of samples with a digest of 256 of them, evenly spread, and of all sizes where those are at hand.
+    """
+    if isinstance(dataset, StreamingDataset):  # its order depends on who shares it
+        source = " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
+        return f"{source} for {processes} processes with {args.dataloader_num_workers} workers"
+    digest = hashlib.blake2b(digest_size=8)
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 256)).astype(int).tolist():
+        row = dataset.rows[index]
+        image, caption = (row[column] for column in dataset.columns)
+        name = Path(image.get("path") or "").name if image else None
+        digest.update(
+            repr((name, hashlib.blake2b(image["bytes"] or b"").digest() if image else None, caption)).encode()
+        )
+    if isinstance(dataset.rows, TarShards):
+        digest.update(dataset.rows.places[["image_bytes", "caption_bytes"]].tobytes())
+    return f"{len(dataset)} samples ({digest.hexdigest()})"
+
+
 def describe_counts(counts: Tensor) -> str:
-    return f"{counts[BROKEN_IMAGE]} with a broken image, {counts[EMPTY_CAPTION]} with an empty caption"
+    return (
+        f"{counts[BROKEN_IMAGE]} with a broken image, {counts[EMPTY_CAPTION]} with an empty caption, "
+        f"{counts[UNREADABLE]} that could not be read"
+    )
 
 
 def list_images(folder: Path) -> Iterator[Path]:
@@ -839,9 +872,23 @@ def make_dataloader(
         collate_fn=collate_fn,
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
         **order,
     )
-    return itertools.islice(loader, discard, None)
+    iterator = iter(loader)
+    try:
+        for _ in range(discard):
+            next(iterator)
+        yield from iterator
+    finally:
+        # Workers end with their iterator. Left to the interpreter's exit it would wait for them for ever.
+        del iterator
+
+
+def ignore_signals(_worker: int) -> None:
+    """What asks a process group to stop reaches the workers too, whose batches the last step still needs."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -856,19 +903,28 @@ def load_component(component: type, source: str, flag: str, args: argparse.Names
     """`component.from_pretrained(source)` in float32. Raises `UserError` naming `flag` where that fails.
 
     The dtype is explicit since transformers otherwise keeps the file's; missing tensors are an error since diffusers
-    otherwise goes on with a warning.
+    otherwise goes on with a warning. Weights are read from safetensors only: loading a pickle can run any code.
     """
     is_teacher_source = source == args.pretrained_model_name_or_path
     kwargs |= {"revision": args.revision} if is_teacher_source else {}
     if is_teacher_source and issubclass(component, (nn.Module, DiffusionPipeline)):
         kwargs |= {"variant": args.variant}
+    if issubclass(component, (nn.Module, DiffusionPipeline)):
+        kwargs |= {"use_safetensors": True}
     if issubclass(component, nn.Module):
         kwargs |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # absent, not reachable, cut short, of another class, ...
         where = f"{source} ({kwargs['subfolder']})" if kwargs.get("subfolder") else source
-        raise UserError(f"--{flag} {where} cannot be loaded{unless_local(source)}: {first_line(error)}") from error
+        message = f"--{flag} {where} cannot be loaded{unless_local(source)}: {first_line(error)}"
+        if re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
+            message += (
+                ". Only safetensors are read; if it has .bin weights and you trust them, convert them once: "
+                f"python -c \"import diffusers; diffusers.DiffusionPipeline.from_pretrained('{source}', "
+                "use_safetensors=False).save_pretrained('converted')\""
+            )
+        raise UserError(message) from error
     if not issubclass(component, nn.Module):
         return loaded
     model, info = loaded
@@ -913,12 +969,101 @@ def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
     return unet_config
 
 
+def weights_hash(model: nn.Module) -> str:
+    """Digest of all names and values, to tell whether a model is still the one that a run began with."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_features(taps: Sequence[tuple[nn.Module, FeatureTap]]) -> None:
+    """Run each U-Net once on noise: raise `UserError` for features that are not finite, warn of constant ones."""
+    generator = torch.Generator().manual_seed(0)
+    for model, tap in taps:
+        parameter, config = next(model.parameters()), model.config
+        side = 2 ** len(config.block_out_channels)
+        sample = torch.randn(1, config.in_channels, side, side, generator=generator).to(parameter)
+        text = torch.randn(1, 8, config.cross_attention_dim, generator=generator).to(parameter)
+        with torch.no_grad():
+            model(sample, 500, text)
+        for name, feature in zip(tap.names, tap.pop(), strict=True):
+            spread = feature.float().std()
+            if not spread.isfinite():
+                raise UserError(f"{name} of a U-Net puts out numbers that are not finite: are its weights whole?")
+            if spread == 0:
+                logger.warning(f"{name} of a U-Net puts out a constant: its feature loss teaches nothing.")
+
+
 def freeze(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.requires_grad_(False).eval().to(device, dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The training step.
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class PicturesInterrupted(BaseException):
+    """A signal came while validation pictures were made, which nothing is lost by giving up."""
+
+
+@dataclass
+class StepHealth:
+    """What all processes agree on at every optimiser step: whether it was sound, and whether to stop."""
+
+    bad: bool = False  # the last step's loss or gradient norm was not finite
+    bad_in_a_row: int = 0
+    skipped_steps: int = 0
+    stop_signal: int = 0  # that some process was sent; 0 for none
+    received: int = 0  # of that, what this very process was sent
+    making_pictures: bool = False
+    last_checkpoint: Path | None = None
+    last_good_checkpoint: Path | None = None  # one whose next step was sound
+
+    def agree(self, accelerator: Accelerator, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether to take the step. To be called by every process; reads one small tensor from the device."""
+        asked = [float(self.received == number) for number in STOP_SIGNALS]
+        numbers = torch.stack([loss.float(), grad_norm.float()])
+        flags = torch.cat([(~numbers.isfinite()).float(), torch.tensor(asked, device=numbers.device)])
+        loss_is_bad, norm_is_bad, *asked = (flag > 0 for flag in accelerator.reduce(flags).tolist())
+        # With fp16 a gradient norm that overflows is the loss scaler's business.
+        self.bad = loss_is_bad or (norm_is_bad and accelerator.scaler is None)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if self.bad else 0
+        self.skipped_steps += self.bad
+        self.stop_signal = next((int(number) for number, flag in zip(STOP_SIGNALS, asked, strict=True) if flag), 0)
+        if not self.bad:
+            self.last_good_checkpoint = self.last_checkpoint
+        return not (loss_is_bad or norm_is_bad)
+
+    def goes_on(self) -> str:
+        """Where to go on from, for messages."""
+        if self.last_good_checkpoint is None:
+            return "there is no good checkpoint yet"
+        return f"the last good checkpoint is {self.last_good_checkpoint}"
+
+
+@contextmanager
+def stop_signals(health: StepHealth) -> Iterator[None]:
+    """Take SIGTERM and SIGINT as the wish to save and stop after this step; the second one stops at once."""
+
+    def note(number: int, _frame: Any) -> None:
+        if health.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        health.received = number
+        if health.making_pictures:
+            raise PicturesInterrupted
+
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -938,6 +1083,11 @@ class Distillation:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     ema_unet: EMAModel | None
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of all that decides what is trained, see `run_settings`
+    health: StepHealth = field(default_factory=StepHealth)
+    window_loss: Tensor | float = 0.0  # summed over the micro-batches of this optimiser step
 
     def metric_names(self) -> list[str]:
         """Names of what `training_step` returns, in its order."""
@@ -950,7 +1100,8 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
 
     `batch` is `collate_fn`'s; `micro_batch` counts from the run's start, and with the seed and the rank it decides
     all noise. Returns the unweighted terms (see `Distillation.metric_names`) and the gradient norm before clipping
-    (None between optimiser steps), both left on the device.
+    (None between optimiser steps), both left on the device. Where a loss or the norm is not finite on any process,
+    weights, optimiser and EMA stay as they were on all of them, and `run.health` says so.
     """
     args, accelerator, noise_scheduler = run.args, run.accelerator, run.noise_scheduler
     device = accelerator.device
@@ -1000,19 +1151,22 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
         )
         # 7. Backward, and a step of the optimiser once every gradient_accumulation_steps.
         accelerator.backward(losses["loss"])
+        run.window_loss = run.window_loss + losses["loss"].detach()
         grad_norm = None
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(run.unet.parameters(), args.max_grad_norm)
-        run.optimizer.step()
-        if accelerator.sync_gradients:
+            sound = run.health.agree(accelerator, run.window_loss, grad_norm)
+            run.window_loss = 0.0
+            if sound or accelerator.scaler is not None:  # the scaler skips by itself, and must see why
+                run.optimizer.step()
             run.lr_scheduler.step()
+            if sound and run.ema_unet is not None:
+                if args.offload_ema:
+                    run.ema_unet.to(device, non_blocking=True)
+                run.ema_unet.step(run.unet.parameters())
+                if args.offload_ema:
+                    run.ema_unet.to("cpu", non_blocking=False)
         run.optimizer.zero_grad(set_to_none=True)
-        if accelerator.sync_gradients and run.ema_unet is not None:
-            if args.offload_ema:
-                run.ema_unet.to(device, non_blocking=True)
-            run.ema_unet.step(run.unet.parameters())
-            if args.offload_ema:
-                run.ema_unet.to("cpu", non_blocking=False)
     scalars = torch.stack([losses[name] for name in ("loss", "task_loss", "output_loss", "feature_loss")])
     return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
 
@@ -1024,7 +1178,6 @@ class MetricLog:
         self.accelerator = accelerator
         self.names = [*names, "grad_norm"]
         self.last: dict[str, float] = {}
-        self.last_checkpoint: Path | None = None  # named should the run have to stop
         self._pending: list[tuple[int, float, Tensor]] = []
 
     def add(self, step: int, learning_rate: float, terms: Tensor, grad_norm: Tensor) -> None:
@@ -1035,26 +1188,26 @@ class MetricLog:
     def write(self) -> dict[str, float]:
         """Average over processes, hand every kept step to the trackers under its number, return the last one.
 
-        Raises `TrainingError` at the first step whose loss or gradient norm is not finite. To be called by every
-        process.
+        To be called by every process.
         """
         if not self._pending:
             return self.last
         values = self.accelerator.reduce(torch.stack([terms for _, _, terms in self._pending]), reduction="mean")
         for (step, learning_rate, _), row in zip(self._pending, values.cpu().tolist(), strict=True):
             self.last = dict(zip(self.names, row, strict=True)) | {"lr": learning_rate}
-            self.accelerator.log(self.last, step=step)
-            self._check_finite(step)
+            with survives(f"Logging step {step}"):
+                self.accelerator.log(self.last, step=step)
         self._pending.clear()
         return self.last
 
-    def _check_finite(self, step: int) -> None:
-        # With fp16 a gradient norm that overflows is the loss scaler's business: it skips the step by itself.
-        scaled = self.accelerator.scaler is not None
-        terms = {name: value for name, value in self.last.items() if not (scaled and name == "grad_norm")}
-        broken = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(f"Stopped, since at step {step} {', '.join(broken)}; {goes_on(self.last_checkpoint)}.")
+
+@contextmanager
+def survives(what: str) -> Iterator[None]:
+    """What a run can do without must not end it: a full disk, or a tracker that is out of reach."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{what} failed ({first_line(error)}): the run goes on.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1062,32 +1215,82 @@ class MetricLog:
 
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+LEFTOVER_NAME = re.compile(r"\.checkpoint-\d+\.(partial|removed)")
+STATE_FILE = "trainer_state.json"
+
+# What may differ between a run and its continuation: it changes no sample, no loss and no update; or, as for data,
+# teacher and batch size, its effect is compared instead. All other flags must stay, new ones too unless listed here.
+FREE_SETTINGS = frozenset(
+    (
+        "pretrained_model_name_or_path", "revision", "variant", "student_model_name_or_path", "cache_dir",
+        "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples",
+        "dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+        "max_train_steps", "offload_ema", "foreach_ema", "gradient_checkpointing", "mixed_precision", "allow_tf32",
+        "local_rank", "max_bad_steps", "output_dir", "logging_dir", "logging_steps", "report_to",
+        "tracker_project_name", "validation_prompts", "validation_steps", "num_validation_images",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_settings",
+        "push_to_hub", "hub_token", "hub_model_id",
+    )
+)  # fmt: skip
+FIXED_SETTINGS = ("distill_level", "use_8bit_adam")  # what a checkpoint holds has no other shape
+
+
+def is_cut(checkpoint: Path) -> bool:
+    """Whether a file that the checkpoint's `trainer_state.json` lists is absent or has another size."""
+    try:
+        files = json.loads((checkpoint / STATE_FILE).read_text()).get("files", {})
+        return any((checkpoint / name).stat().st_size != size for name, size in files.items())
+    except (OSError, ValueError, AttributeError):
+        return any(checkpoint.iterdir())
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
+    """The whole checkpoints `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
     found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+    folders = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    return [path for _, path in folders if not is_cut(path)]
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: None for none, or for `latest` where there is none.
 
     A name is looked for in `output_dir`, then as a path. Raises `FileNotFoundError`, with the list of those that are
-    there, where it is absent.
+    there, where it is absent or cut short.
     """
     checkpoints = list_checkpoints(output_dir)
     if resume is None:
         return None
     if resume == "latest":
         return checkpoints[-1] if checkpoints else None
+    problem = "does not exist"
     for path in (Path(output_dir) / resume, Path(resume)):
         if path.is_dir() and CHECKPOINT_NAME.fullmatch(path.name):
-            return path
+            if not is_cut(path):
+                return path
+            problem = "is cut short (a file is missing or has another size)"
     there = ", ".join(path.name for path in checkpoints) or "none"
     raise FileNotFoundError(
-        f"--resume_from_checkpoint {resume} does not exist; the checkpoints in {output_dir} are: {there}."
+        f"--resume_from_checkpoint {resume} {problem}; the checkpoints in {output_dir} are: {there}."
     )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint or what was left of one, so that a kill on the way leaves nothing that looks whole."""
+    if CHECKPOINT_NAME.fullmatch(path.name):
+        path = path.rename(path.with_name(f".{path.name}.removed"))
+    for entry in sorted(
+        path.iterdir(), key=lambda entry: entry.name == STATE_FILE
+    ):  # what shows that it is ours: last
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    path.rmdir()
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what killed runs left of checkpoints in `output_dir`, and nothing that may be someone else's."""
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        if LEFTOVER_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if (path / STATE_FILE).is_file() or not any(path.iterdir()):
+                remove_checkpoint(path)
 
 
 def prune_checkpoints(output_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
@@ -1099,8 +1302,29 @@ def prune_checkpoints(output_dir: Path, keep: int, newest: int | None = None) ->
     ]
     surplus = checkpoints[: max(len(checkpoints) - keep, 0)]
     for path in surplus:
-        shutil.rmtree(path)
+        remove_checkpoint(path)
     return surplus
+
+
+def put_in_place(new: Path, path: Path, old: Path) -> None:
+    """Rename a finished `new` to `path` once all of it is on the disk, whatever happens to the machine then.
+
+    What was at `path` is renamed to `old`.
+    """
+    for entry in [*new.rglob("*"), new]:
+        _sync(entry)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tuple[Callable, Callable]:
@@ -1111,7 +1335,7 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
 
     def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], output_dir: str) -> None:
         if len(models) != 1:  # were the teacher prepared too, it would overwrite the student here
-            raise RuntimeError(f"A checkpoint holds the student alone, got {len(models)} models.")
+            raise ValueError(f"A checkpoint holds the student alone, got {len(models)} models.")
         if accelerator.is_main_process:
             accelerator.unwrap_model(models[0], keep_torch_compile=False).save_pretrained(Path(output_dir) / "unet")
             if ema_unet is not None:
@@ -1119,65 +1343,154 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
         weights.clear()  # accelerate then writes no copy of its own
 
     def load(models: list[nn.Module], input_dir: str) -> None:
-        student = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet")
+        student = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", use_safetensors=True)
         accelerator.unwrap_model(models.pop(), keep_torch_compile=False).load_state_dict(
             student.state_dict(), strict=True
         )
-        if ema_unet is not None:
-            saved = EMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DConditionModel)
-            ema_unet.load_state_dict(saved.state_dict())
-            ema_unet.to(accelerator.device)
+        if ema_unet is None:
+            return
+        ema_unet.shadow_params = [parameter.detach().clone() for parameter in student.parameters()]
+        if (Path(input_dir) / "unet_ema").is_dir():  # else --use_ema is new (--allow_changed_settings)
+            average = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet_ema", use_safetensors=True)
+            ema_unet.shadow_params = [parameter.detach() for parameter in average.parameters()]
+            ema_unet.optimization_step = average.config["optimization_step"]
+        ema_unet.to(accelerator.device)
 
     return save, load
 
 
+def run_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """What the flags decide about the weights that come out; a checkpoint keeps it, with data and teacher."""
+    settings = {name: value for name, value in public_args(args).items() if name not in FREE_SETTINGS}
+    return settings | {
+        "mixed_precision": accelerator.mixed_precision,
+        "images per optimiser step": total_batch_size(args, accelerator),
+    }
+
+
+def check_unchanged(
+    checkpoint: Path, saved: Mapping[str, Any], settings: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    """Raise `UserError` naming all of `settings` that differ from `saved`, or warn with --allow_changed_settings."""
+    # Through JSON and back, as what is compared with: tuples become lists.
+    settings = json.loads(json.dumps(settings))
+    changed = [name for name in settings if name in saved and saved[name] != settings[name]]
+    if not changed:
+        return
+    message = f"{checkpoint} was made with other settings: "
+    message += "; ".join(f"{name} {saved[name]} -> {settings[name]}" for name in changed)
+    fixed = [name for name in changed if name in FIXED_SETTINGS]
+    if fixed:
+        raise UserError(f"{message}. With {' and '.join(fixed)} changed it cannot be gone on from at all.")
+    if not args.allow_changed_settings:
+        raise UserError(f"{message}. Give the same ones, or --allow_changed_settings to go on all the same.")
+    logger.warning(f"{message} (--allow_changed_settings).")
+
+
 def read_trainer_state(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What `save_checkpoint` noted. Raises `UserError` where it is damaged or `args` cannot go on from there."""
+    """What `save_checkpoint` noted. Raises `UserError` where it is damaged or past --max_train_steps."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        missing = {"global_step", "samples_seen", "bad_in_a_row", "skipped_steps", "settings", "batch"} - set(state)
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint}/trainer_state.json cannot be read ({first_line(error)}).") from None
-    for name in ("distill_level", "use_ema"):
-        if state[name] != getattr(args, name):
-            raise UserError(f"{checkpoint} was saved with {name} {state[name]}: --{name} must be the same.")
+        raise UserError(f"{checkpoint}/{STATE_FILE} cannot be read ({first_line(error)}).") from None
+    if missing:
+        raise UserError(f"{checkpoint}/{STATE_FILE} lacks {', '.join(sorted(missing))}: it is not this script's.")
     if args.max_train_steps is not None and state["global_step"] > args.max_train_steps:
         raise UserError(f"{checkpoint} is already past --max_train_steps {args.max_train_steps}.")
     return state
 
 
-def check_finite(model: nn.Module, last_checkpoint: Path | None) -> None:
+def keep_total_batch(
+    checkpoint: Path, state: Mapping[str, Any], args: argparse.Namespace, accelerator: Accelerator
+) -> None:
+    """On other processes, or with another micro-batch, adjust the accumulation so that the total batch stays.
+
+    The data order is then kept too. Raises `UserError` where it cannot stay and --allow_changed_settings is not given.
+    """
+    batch, total = [args.train_batch_size, accelerator.num_processes], state["settings"]["images per optimiser step"]
+    if batch == state["batch"]:
+        return
+    if total % math.prod(batch) == 0:
+        args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = total // math.prod(batch)
+        logger.warning(
+            f"{checkpoint} was made on {state['batch'][1]} processes with --train_batch_size {state['batch'][0]}; on "
+            f"{batch[1]} with {batch[0]}, --gradient_accumulation_steps is now {args.gradient_accumulation_steps}, so "
+            f"that a step keeps its {total} images in the same order. The noise is another."
+        )
+    elif not args.allow_changed_settings:
+        raise UserError(
+            f"{checkpoint} was made with {total} images per optimiser step, which --train_batch_size {batch[0]} on "
+            f"{batch[1]} processes cannot add up to: choose a batch size that divides {total} / {batch[1]}, or give "
+            "--allow_changed_settings."
+        )
+
+
+def check_finite(model: nn.Module, health: StepHealth) -> None:
     """Raise `TrainingError` where the weights are lost: they must not be saved as if they were good."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise TrainingError(f"Stopped, since the weights are not finite; {goes_on(last_checkpoint)}.")
+        raise TrainingError(f"Stopped, since the weights are not finite; {health.goes_on()}.")
 
 
-def goes_on(last_checkpoint: Path | None) -> str:
-    return f"go on from {last_checkpoint}" if last_checkpoint else "there is no checkpoint yet"
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true in some process. To be called by every process."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
 
 
-def save_checkpoint(run: Distillation, step: int) -> Path:
-    """Write `checkpoint-<step>` beside its place and move it there once whole. To be called by every process."""
-    args, accelerator = run.args, run.accelerator
+def save_checkpoint(run: Distillation, step: int, samples_seen: int) -> Path | None:
+    """Write `checkpoint-<step>` beside its place and move it there once whole. To be called by every process.
+
+    Where any of them fails, on a full disk say, it is given up with a warning, and None is returned.
+    """
+    args, accelerator, health = run.args, run.accelerator, run.health
     path = Path(args.output_dir) / f"checkpoint-{step}"
     partial = path.with_name(f".{path.name}.partial")
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)  # left by a run that was killed while it saved
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        samples = step * total_batch_size(args, accelerator)
-        state = {"global_step": step, "samples_seen": samples}
-        state |= {name: getattr(args, name) for name in ("seed", "distill_level", "use_ema")}
-        (partial / "trainer_state.json").write_text(json.dumps(state, indent=2))
-        if path.exists():
-            shutil.rmtree(path)  # the same step of the same run, taken again after resuming from an earlier one
-        partial.rename(path)
-        if args.checkpoints_total_limit is not None:
+    state = {
+        "global_step": step,
+        "samples_seen": samples_seen,
+        "bad_in_a_row": health.bad_in_a_row,
+        "skipped_steps": health.skipped_steps,
+        "max_train_steps": args.max_train_steps,
+        "batch": [args.train_batch_size, accelerator.num_processes],
+        "settings": run.settings,
+    }
+
+    def begin() -> None:
+        if accelerator.is_main_process:
+            remove_leftovers(args.output_dir)
+            partial.mkdir()
+            (partial / STATE_FILE).write_text(json.dumps(state))
+
+    def finish() -> None:
+        if accelerator.is_main_process:
+            files = {str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*")}
+            files = {name: size for name, size in files.items() if name != STATE_FILE and (partial / name).is_file()}
+            (partial / STATE_FILE).write_text(json.dumps(state | {"files": files}, indent=2))
+            put_in_place(partial, path, path.with_name(f".{path.name}.removed"))
+            remove_leftovers(args.output_dir)
+
+    for part in (begin, lambda: accelerator.save_state(str(partial)), finish):
+        problem = None
+        try:
+            part()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors do not raise OSError
+            problem = error
+            logger.warning(f"Process {accelerator.process_index}: {first_line(error)}", main_process_only=False)
+        if any_process(accelerator, problem is not None):
+            logger.warning(
+                f"{path} could not be saved: training goes on, and the next interval tries again; {health.goes_on()}."
+            )
+            if accelerator.is_main_process:
+                with survives("Removing what was written of it"):
+                    remove_leftovers(args.output_dir)
+            return None
+    logger.info(f"Saved {path}")
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        with survives("Removing old checkpoints"):
             for old in prune_checkpoints(args.output_dir, args.checkpoints_total_limit, newest=step):
                 logger.info(f"Removed {old} (--checkpoints_total_limit {args.checkpoints_total_limit})")
-        logger.info(f"Saved {path}")
     accelerator.wait_for_everyone()
+    health.last_checkpoint = path
     return path
 
 
@@ -1273,10 +1586,11 @@ def log_validation(
 
 def make_teacher_images(run: Distillation, tokenizer: CLIPTokenizer) -> list[Image.Image]:
     """The teacher's pictures of the validation prompts; none where it is not loaded. They do not change in a run."""
-    if not run.args.validation_prompts or run.teacher_unet is None or not run.accelerator.is_main_process:
-        return []
-    with taps_off(run):
-        return generate_images(run.vae, run.text_encoder, tokenizer, run.teacher_unet, run.args, run.accelerator)
+    images: list[Image.Image] = []
+    if run.args.validation_prompts and run.teacher_unet is not None and run.accelerator.is_main_process:
+        with making_pictures(run):
+            images = generate_images(run.vae, run.text_encoder, tokenizer, run.teacher_unet, run.args, run.accelerator)
+    return images
 
 
 def validate(run: Distillation, tokenizer: CLIPTokenizer, teacher_images: Sequence[Image.Image], step: int) -> None:
@@ -1287,7 +1601,7 @@ def validate(run: Distillation, tokenizer: CLIPTokenizer, teacher_images: Sequen
             ema_unet.store(run.unet.parameters())
             ema_unet.copy_to(run.unet.parameters())
         run.unet.eval()
-        with taps_off(run):
+        with making_pictures(run), survives("Validation"):
             log_validation(
                 run.vae,
                 run.text_encoder,
@@ -1306,14 +1620,18 @@ def validate(run: Distillation, tokenizer: CLIPTokenizer, teacher_images: Sequen
 
 
 @contextmanager
-def taps_off(run: Distillation) -> Iterator[None]:
-    """Pictures are made without capturing features, which would keep them in memory."""
+def making_pictures(run: Distillation) -> Iterator[None]:
+    """No features are captured, which would keep them in memory; and a signal ends it, since nothing is lost."""
     taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap is not None]
     for tap in taps:
         tap.enabled = False
+    run.health.making_pictures = True
     try:
         yield
+    except PicturesInterrupted:
+        logger.info("The validation pictures are given up, to stop")
     finally:
+        run.health.making_pictures = False
         for tap in taps:
             tap.enabled = True
 
@@ -1321,7 +1639,8 @@ def taps_off(run: Distillation) -> Iterator[None]:
 def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     """Write the whole pipeline in float32, load it back and compare: keys, tensors and one pass of the U-Net.
 
-    Raises `TrainingError` where what was read back differs. For the main process alone.
+    It is written to a hidden folder and moved in place after that, `model_index.json` last. Raises `TrainingError`
+    where what was read back differs. For the main process alone.
     """
     unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -1331,6 +1650,7 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
         variant=args.variant,
         cache_dir=args.cache_dir,
         dtype=torch.float32,
+        use_safetensors=True,
     )
     if args.prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -1344,8 +1664,11 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
         expected = unet.eval()(sample, 500, text, return_dict=False)[0]
     if not expected.isfinite().all():
         raise TrainingError("The student's prediction is not finite: nothing is saved.")
-    pipeline.save_pretrained(args.output_dir)
-    loaded = DiffusionPipeline.from_pretrained(args.output_dir, dtype=torch.float32)
+    partial = Path(args.output_dir) / ".pipeline.partial"
+    if partial.exists():
+        shutil.rmtree(partial)  # a killed run's
+    pipeline.save_pretrained(partial)
+    loaded = DiffusionPipeline.from_pretrained(partial, dtype=torch.float32, use_safetensors=True)
     for name, model in pipeline.components.items():
         if isinstance(model, nn.Module):
             saved, read = model.state_dict(), getattr(loaded, name).state_dict()
@@ -1355,6 +1678,9 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
         found = loaded.unet.eval()(sample, 500, text, return_dict=False)[0]
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):  # rounding depends on where in memory weights lie
         raise TrainingError(f"{args.output_dir}/unet computes something else than the trained student.")
+    for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "model_index.json"):
+        put_in_place(entry, Path(args.output_dir) / entry.name, partial / f"{entry.name}.removed")
+    shutil.rmtree(partial)
 
 
 def save_model_card(
@@ -1534,6 +1860,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--num_validation_images", type=int, default=1, help="Pictures per prompt.")
     flag("--checkpointing_steps", type=int, default=500, help="Steps between two checkpoints.")
     flag("--checkpoints_total_limit", type=int, help="Keep no more checkpoints than this.")
+    flag("--allow_changed_settings", action="store_true", help="Resume although settings, data or teacher changed.")
+    flag("--max_bad_steps", type=int, default=10, help="Stop after more than this many non-finite steps in a row.")
     flag("--resume_from_checkpoint", help="'latest', or a checkpoint's name or path.")
     flag("--push_to_hub", action="store_true", help="Upload the result to the hub.")
     flag("--hub_token", help="Token for that; better log in with `hf auth login`.")
@@ -1555,7 +1883,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 BOUNDS: list[tuple[str, str, Callable[[float], bool]]] = [
     *((name, "at least 0", lambda value: 0 <= value < math.inf) for name in (
         "output_weight", "feature_weight", "noise_offset", "input_perturbation", "dataloader_num_workers",
-        "lr_warmup_steps", "adam_weight_decay",
+        "lr_warmup_steps", "adam_weight_decay", "max_bad_steps",
     )),
     *((name, "at least 1", lambda value: value >= 1) for name in (
         "max_train_samples", "resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
@@ -1584,6 +1912,8 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems += model_path_problems(name, getattr(args, name))
     problems += data_problems(args)
     problems += output_problems(args)
+    if args.allow_changed_settings and args.resume_from_checkpoint is None:
+        problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if not args.use_ema:
@@ -1637,9 +1967,11 @@ def output_problems(args: argparse.Namespace) -> list[str]:
         resumed = find_checkpoint(folder, args.resume_from_checkpoint)
     except FileNotFoundError as error:
         return [str(error)]
-    checkpoints = list_checkpoints(folder)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
     if resumed is not None and resumed.resolve().parent == folder.resolve():
         return []
+    if checkpoints and args.resume_from_checkpoint == "latest":
+        return [f"--output_dir {folder} holds no whole checkpoint, {checkpoints[0].name} is cut: move it away."]
     if checkpoints:
         return [
             f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): go on with "
@@ -1714,6 +2046,75 @@ def report(lines: Mapping[str, Any]) -> None:
         logger.info(f"  {name} = {value}")
 
 
+def train(
+    run: Distillation,
+    tokenizer: CLIPTokenizer,
+    dataset: DistillationDataset | StreamingDataset,
+    first_step: int,
+    samples_seen: int,
+) -> tuple[dict[str, float], Tensor, float]:
+    """The training loop, from optimiser step `first_step` on: the last metrics, `counts`, and seconds of training.
+
+    It ends early where `run.health` has a signal to stop. Raises `TrainingError` where too many steps are skipped.
+    """
+    args, accelerator, health = run.args, run.accelerator, run.health
+    metrics = MetricLog(accelerator, run.metric_names())
+    counts = torch.zeros(4, dtype=torch.int64)
+    micro_batch = samples_seen // (args.train_batch_size * accelerator.num_processes)
+    seconds, started = 0.0, time.perf_counter()
+    progress = tqdm(
+        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    with closing(make_dataloader(dataset, args, accelerator, micro_batch)) as batches, closing(progress):
+        teacher_images = make_teacher_images(run, tokenizer)
+        if args.validation_prompts and first_step == 0:
+            validate(run, tokenizer, teacher_images, first_step)
+        started = time.perf_counter()
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            learning_rate = run.lr_scheduler.get_last_lr()[0]
+            terms = 0.0
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                if batch["counts"][UNREADABLE] and not counts[UNREADABLE]:
+                    logger.warning("Training data can no longer be read: other samples take its place.")
+                counts += batch["counts"]
+                micro_terms, grad_norm = training_step(run, batch, micro_batch)
+                terms += micro_terms / args.gradient_accumulation_steps
+                micro_batch += 1
+            metrics.add(step, learning_rate, terms, grad_norm)
+            progress.update()
+            ends = step == args.max_train_steps
+            saves = bool(health.stop_signal) or (step % args.checkpointing_steps == 0 and not health.bad)
+            validates = bool(args.validation_prompts) and (ends or step % args.validation_steps == 0)
+            if ends or saves or validates or health.bad or step % args.logging_steps == 0:
+                last = metrics.write()
+                progress.set_postfix({name: f"{last[name]:.3g}" for name in ("loss", "task_loss", "lr")})
+            if health.bad:
+                broken = ", ".join(f"{name} is {value}" for name, value in last.items() if not math.isfinite(value))
+                logger.warning(f"Step {step} is skipped: {broken}")
+                if health.bad_in_a_row > args.max_bad_steps:
+                    raise TrainingError(
+                        f"Stopped at step {step}, after {health.bad_in_a_row} in a row whose numbers are not finite "
+                        f"({broken}; --max_bad_steps {args.max_bad_steps}); {health.goes_on()}."
+                    )
+            if saves or validates:
+                seconds += time.perf_counter() - started
+                if saves:
+                    check_finite(run.unet, health)
+                    saved = save_checkpoint(run, step, micro_batch * args.train_batch_size * accelerator.num_processes)
+                if health.stop_signal:
+                    logger.info(
+                        f"Stopped by {signal.Signals(health.stop_signal).name} after step {step}: "
+                        + (f"saved {saved}" if saved else f"not saved; {health.goes_on()}")
+                        + "; go on with --resume_from_checkpoint latest"
+                    )
+                    return metrics.last, counts, seconds
+                if validates:
+                    validate(run, tokenizer, teacher_images, step)
+                started = time.perf_counter()
+    return metrics.last, counts, seconds + time.perf_counter() - started
+
+
 def main(args: argparse.Namespace) -> None:  # noqa: C901
     """One run: build or resume the student, train it, save the pipeline. `args` are `parse_args`'s.
 
@@ -1747,9 +2148,14 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         library.disable_progress_bar()
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     state = read_trainer_state(checkpoint, args) if checkpoint else {}
+    saved_settings = state.get("settings", {})
     if args.seed is None:
-        args.seed = broadcast_object_list([state.get("seed", secrets.randbelow(2**31))])[0]
+        args.seed = broadcast_object_list([saved_settings.get("seed", secrets.randbelow(2**31))])[0]
         logger.info(f"Seed {args.seed} (as in the checkpoint)" if state else f"Seed {args.seed} (drawn)")
+    if checkpoint is not None:
+        keep_total_batch(checkpoint, state, args, accelerator)
+    settings = run_settings(args, accelerator)
+    check_unchanged(checkpoint, saved_settings, settings, args)
     set_seed(args.seed)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -1784,6 +2190,15 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     load_component(StableDiffusionPipeline, source, flag, args, **used_above)
     with torch.device("meta"):
         teacher_parameters = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
+    student_parameters = count_parameters(unet)
+    if student_parameters >= teacher_parameters:
+        raise UserError(
+            f"The student has {student_parameters:,} parameters, no fewer than its teacher: nothing is pruned."
+        )
+    contents = {"data": data_fingerprint(dataset, args, accelerator.num_processes)}
+    for name, model in {"U-Net": teacher_unet, "VAE": vae, "text encoder": text_encoder}.items():
+        contents |= {f"teacher's {name}": weights_hash(model)} if model is not None else {}
+    check_unchanged(checkpoint, saved_settings, contents, args)
 
     # 4. Freeze, cast and place all but the student. They stay unprepared: accelerate would checkpoint them over it.
     weight_dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
@@ -1825,22 +2240,36 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     if args.feature_weight > 0:
         teacher_names, student_names = zip(*feature_pairs(args.distill_level), strict=True)
         teacher_tap, student_tap = FeatureTap(teacher_unet, teacher_names), FeatureTap(unet, student_names)
+        check_features([(teacher_unet, teacher_tap), (unet, student_tap)])
 
     # 8. Prepare, and resume.
-    student_parameters = count_parameters(unet)
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     save_hook, load_hook = checkpoint_hooks(accelerator, ema_unet)
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
+    global_step, samples_seen = state.get("global_step", 0), state.get("samples_seen", 0)
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        flags_say = [dict(group, params=None) for group in optimizer.param_groups]
+        try:
+            accelerator.load_state(str(checkpoint))
+        except Exception as error:  # damaged, or pickled with more than tensors and numbers in it
+            raise UserError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
         accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
+        # Learning rate, betas and so on as the flags have them now; the schedule is a function of the step alone.
+        for group, wanted in zip(optimizer.param_groups, flags_say, strict=True):
+            group.update({key: value for key, value in wanted.items() if key != "params"})
+        lr_scheduler.scheduler.base_lrs = [learning_rate]
+        lr_scheduler.scheduler.last_epoch = global_step - 1
+        lr_scheduler.scheduler.step()
+        if args.max_train_steps != state.get("max_train_steps") and not args.lr_scheduler.startswith("constant"):
+            logger.warning(
+                f"--lr_scheduler {args.lr_scheduler} now ends at step {args.max_train_steps} instead of "
+                f"{state.get('max_train_steps')}: the learning rate is another from here on."
+            )
         if args.offload_ema:
             ema_unet.to("cpu")
         if list_checkpoints(output_dir)[-1:] not in ([], [checkpoint]):
             logger.warning(f"{output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
-    global_step = state.get("global_step", 0)
-    first_micro_batch = state.get("samples_seen", 0) // (args.train_batch_size * accelerator.num_processes)
     run = Distillation(
         args=args,
         accelerator=accelerator,
@@ -1855,6 +2284,12 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         ema_unet=ema_unet,
+        settings=settings | contents,
+        health=StepHealth(
+            bad_in_a_row=state.get("bad_in_a_row", 0),
+            skipped_steps=state.get("skipped_steps", 0),
+            last_checkpoint=checkpoint,
+        ),
     )
 
     # 9. Say what is about to happen, and write down the settings.
@@ -1884,69 +2319,41 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         accelerator.init_trackers(args.tracker_project_name, config=settings)
 
     # 10. Train.
-    metrics = MetricLog(accelerator, run.metric_names())
-    metrics.last_checkpoint = checkpoint
-    teacher_images = make_teacher_images(run, tokenizer)
-    if args.validation_prompts and checkpoint is None:
-        validate(run, tokenizer, teacher_images, global_step)
-    counts = torch.zeros(3, dtype=torch.int64)
-    batches = make_dataloader(dataset, args, accelerator, first_micro_batch)
-    progress = tqdm(
-        total=args.max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
-    first_step, seconds, started = global_step, 0.0, time.perf_counter()
-    for global_step in range(first_step + 1, args.max_train_steps + 1):
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        terms = 0.0
-        for micro_batch in range(first_micro_batch, first_micro_batch + args.gradient_accumulation_steps):
-            batch = next(batches)
-            counts += batch["counts"]
-            micro_terms, grad_norm = training_step(run, batch, micro_batch)
-            terms += micro_terms / args.gradient_accumulation_steps
-        first_micro_batch += args.gradient_accumulation_steps
-        metrics.add(global_step, learning_rate, terms, grad_norm)
-        progress.update()
-        ends = global_step == args.max_train_steps
-        saves = global_step % args.checkpointing_steps == 0
-        validates = bool(args.validation_prompts) and (ends or global_step % args.validation_steps == 0)
-        if ends or saves or validates or global_step % args.logging_steps == 0:
-            last = metrics.write()  # a checkpoint or a picture of weights that are lost would be worth nothing
-            progress.set_postfix({name: f"{last[name]:.3g}" for name in ("loss", "task_loss", "lr")})
-        if saves or validates:
-            seconds += time.perf_counter() - started
-            if saves:
-                check_finite(unet, metrics.last_checkpoint)
-                metrics.last_checkpoint = save_checkpoint(run, global_step)
-            if validates:
-                validate(run, tokenizer, teacher_images, global_step)
-            started = time.perf_counter()
-    progress.close()
-    seconds += time.perf_counter() - started
-    for tap in (student_tap, teacher_tap):
-        if tap is not None:
-            tap.close()
+    with stop_signals(run.health):
+        last, counts, seconds = train(run, tokenizer, dataset, global_step, samples_seen)
+        for tap in (student_tap, teacher_tap):
+            if tap is not None:
+                tap.close()
+        if run.health.stop_signal:
+            with survives("Closing the trackers"):
+                accelerator.end_training()
+            sys.exit(128 + run.health.stop_signal)
 
-    # 11. Save the pipeline, check it, describe it, share it.
-    steps = max(args.max_train_steps - first_step, 0)
-    counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
-    check_finite(unet, metrics.last_checkpoint)
-    if accelerator.is_main_process:
-        student = accelerator.unwrap_model(unet, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if ema_unet is not None:
-            ema_unet.copy_to(student.parameters())
-        save_pipeline(args, student)
-        facts = {
-            "Teacher's U-Net": f"{teacher_parameters:,} parameters",
-            "Student's U-Net": f"{student_parameters:,} parameters",
-            "Optimiser steps": f"{global_step:,} of {total_batch} images",
-            **{f"Final {name}": f"{value:.6g}" for name, value in metrics.last.items()},
-        }
-        grid = output_dir / "validation" / f"step-{global_step}.png"
-        images = [Image.open(grid)] if grid.exists() else None
-        # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
-        licence = {1024: "openrail++"}.get(student.config.cross_attention_dim, "creativeml-openrail-m")
-        save_model_card(args, repo_id, images, args.output_dir, facts, licence)
-    accelerator.wait_for_everyone()
+        # 11. Save the pipeline, check it, describe it, share it.
+        counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
+        check_finite(unet, run.health)
+        if accelerator.is_main_process:
+            student = accelerator.unwrap_model(unet, keep_fp32_wrapper=False, keep_torch_compile=False)
+            if ema_unet is not None:
+                ema_unet.copy_to(student.parameters())
+            try:
+                save_pipeline(args, student)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise TrainingError(
+                    f"The pipeline cannot be saved in {output_dir} ({first_line(error)}); {run.health.goes_on()}."
+                ) from error
+            facts = {
+                "Teacher's U-Net": f"{teacher_parameters:,} parameters",
+                "Student's U-Net": f"{student_parameters:,} parameters",
+                "Optimiser steps": f"{args.max_train_steps:,} of {total_batch} images",
+                **{f"Final {name}": f"{value:.6g}" for name, value in last.items()},
+            }
+            grid = output_dir / "validation" / f"step-{args.max_train_steps}.png"
+            images = [Image.open(grid)] if grid.exists() else None
+            # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
+            licence = {1024: "openrail++"}.get(student.config.cross_attention_dim, "creativeml-openrail-m")
+            save_model_card(args, repo_id, images, args.output_dir, facts, licence)
+        accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:
         parts = [f"{name}/*" for name in json.loads((output_dir / "model_index.json").read_text()) if name[0] != "_"]
         upload_folder(
@@ -1961,20 +2368,23 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             ],  # no more than the run wrote
             token=args.hub_token,
         )
+    steps = args.max_train_steps - global_step
     logger.info("***** Training is done *****")
     report(
         {
-            **{name: f"{value:.6g}" for name, value in metrics.last.items()},
+            **{name: f"{value:.6g}" for name, value in last.items()},
             "Steps per second": f"{steps / seconds:.3f} ({steps * total_batch / seconds:.2f} images per second)",
             "Peak memory": peak_memory(accelerator.device),
             "Samples replaced": describe_counts(counts),
+            "Steps skipped": run.health.skipped_steps,
             "Output": f"{output_dir}, loaded back and equal to what was trained",
         }
     )
     if counts[ENLARGED]:
         images_seen = steps * total_batch
         logger.warning(f"{counts[ENLARGED]} of {images_seen} images were smaller than --resolution and were enlarged.")
-    accelerator.end_training()
+    with survives("Closing the trackers"):
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_two_models_are_refused(tmp_path: Path, accelerator: Accelerator) -> Non
     """A teacher that was prepared as well would be written over the student."""
     accelerator.prepare(toy_student(1), toy_student(2))
     register(accelerator, None)
-    with pytest.raises(RuntimeError, match="student alone, got 2 models"):
+    with pytest.raises(ValueError, match="student alone, got 2 models"):
         accelerator.save_state(str(tmp_path))
     assert not (tmp_path / "unet").exists()
 
