@@ -54,7 +54,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -84,6 +84,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from filelock import FileLock
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -567,12 +568,13 @@ def prepare_example(
     columns: tuple[str, str],
     transform: Callable[[Image.Image], Tensor],
     tokenizer: CLIPTokenizer,
-    proportion_empty_prompts: float,
+    proportion_empty_prompts: float | None,
     seed: int,
 ) -> dict[str, Any] | int:
     """One training example from an undecoded row, or the reason why it cannot be had (BROKEN_IMAGE, ...).
 
     `columns` names image and caption. The caption, its dropout, the crop and the flip follow from `seed` alone.
+    Without a `proportion_empty_prompts` no caption is drawn: `input_ids` are those of all, (captions, tokens).
     """
     rng = random.Random(seed)
     try:
@@ -597,28 +599,36 @@ def prepare_example(
     captions = [text for text in captions or [] if isinstance(text, str) and text.strip()]
     if not captions:
         return EMPTY_CAPTION
-    if rng.random() < proportion_empty_prompts:
-        captions = [""]
     counts = torch.zeros(4, dtype=torch.int64)
     counts[ENLARGED] = min(image.size) < pixel_values.shape[-1]
-    input_ids = tokenize_captions([captions], tokenizer, rng)[0]
+    if proportion_empty_prompts is None:
+        input_ids = tokenize_captions(captions, tokenizer, rng)
+    else:
+        drawn = [""] if rng.random() < proportion_empty_prompts else captions
+        input_ids = tokenize_captions([drawn], tokenizer, rng)[0]
     return {"pixel_values": pixel_values, "input_ids": input_ids, "counts": counts}
 
 
 class DistillationDataset(Dataset):
     """Map-style training data. `dataset[i]` is row i in file order, `dataset[(epoch, i)]` the same as of `epoch`.
 
-    An example holds `pixel_values` (3, H, W) in [-1, 1], `input_ids` (tokens,) and `counts` (see `collate_fn`). A row
-    that is broken is replaced by the next good one in an order that follows from (seed, epoch, row); `UserError` is
-    raised only where all are broken.
+    An example is what `prepare` makes of a row: `pixel_values` (3, H, W) in [-1, 1], `input_ids` (tokens,) and
+    `counts` (see `collate_fn`). A row that is broken is replaced by the next good one in an order that follows from
+    (seed, epoch, row); `UserError` is raised only where all are broken.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], seed: int, **preparation: Any
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        columns: tuple[str, str],
+        seed: int,
+        prepare: Callable[..., dict[str, Any] | int] = prepare_example,
+        **preparation: Any,
     ) -> None:
         self.rows = rows
         self.columns = columns
         self.seed = seed
+        self.prepare = prepare
         self.preparation = preparation  # transform, tokenizer, proportion_empty_prompts
 
     def __len__(self) -> int:
@@ -630,16 +640,20 @@ class DistillationDataset(Dataset):
             raise IndexError(index)  # also what ends a plain `for example in dataset`
         counts = torch.zeros(4, dtype=torch.int64)
         for candidate in self._candidates(epoch, index):
-            seed = derived_seed(self.seed, "sample", epoch, candidate)
-            try:
-                example = prepare_example(self.rows[candidate], self.columns, seed=seed, **self.preparation)
-            except OSError:  # a shard that vanished in mid-run
-                example = UNREADABLE
+            example = self.example(epoch, candidate)
             if not isinstance(example, int):
                 example["counts"] += counts
                 return example
             counts[example] += 1
         raise UserError(f"None of the {len(self)} training samples can be used: {describe_counts(counts)}.")
+
+    def example(self, epoch: int, row: int) -> dict[str, Any] | int:
+        """What `prepare` makes of this very row in `epoch`, or the reason why it cannot be used."""
+        seed = derived_seed(self.seed, "sample", epoch, row)
+        try:
+            return self.prepare(self.rows[row], self.columns, seed=seed, **self.preparation)
+        except OSError:  # a shard that vanished in mid-run
+            return UNREADABLE
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index
@@ -731,14 +745,13 @@ class SeededBatches(Sampler[list[tuple[int, int]]]):
 def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """A batch: `pixel_values` (B, 3, H, W) float32, `input_ids` (B, tokens), `counts` (4,) summed over the batch.
 
+    With cached latents `latent_mean` and `latent_std` (B, C, h, w), float16, stand for `pixel_values`.
+
     `counts` are rows replaced for a broken image, for an empty caption, for a file that could not be read, and images
     enlarged. They travel with the batch so that they count what was trained on, whatever workers have read ahead.
     """
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]).contiguous(),
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),
-        "counts": torch.stack([example["counts"] for example in examples]).sum(0),
-    }
+    batch = {name: torch.stack([example[name] for example in examples]).contiguous() for name in examples[0]}
+    return {**batch, "counts": batch["counts"].sum(0)}
 
 
 def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, processes: int) -> str:
@@ -1001,6 +1014,259 @@ def freeze(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Latents cache: of every image the mean and the standard deviation of its latents, in half precision (the least
+# deviation of a VAE, exp(-15), is not yet zero there), and the token ids of its captions. Its folder is named by a
+# digest of all that it follows from, so that a cache of anything else is never read.
+
+LATENTS_PER_SHARD = 512  # 32 MiB at 512 pixels; no more than this is encoded again after a kill
+USABLE = -1  # in the place of BROKEN_IMAGE and its like
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of images (B, 3, H, W): (B, C, h, w) each, float32."""
+    pixel_values = pixel_values.to(vae.device, dtype=vae.dtype, non_blocking=True)
+    posterior = DiagonalGaussianDistribution(vae.encode(pixel_values).latent_dist.parameters.float())
+    return posterior.mean.contiguous(), posterior.std.contiguous()  # as they come out of the cache
+
+
+class LatentShards(Sequence):
+    """The rows of a cache, in files `00000.npy`, ... of LATENTS_PER_SHARD records (see `record_type`) each.
+
+    Files are memory-mapped for one row at a time: workers share a path and no more, whatever the number of images.
+    Raises `OSError` for a row whose file is gone or cut short.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> np.void:
+        shard, row = divmod(index % self.size, LATENTS_PER_SHARD)
+        return self._open(shard)[row]
+
+    def _open(self, shard: int) -> np.memmap:
+        try:
+            records = np.load(self.path(shard), mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise OSError(f"{self.path(shard)} is cut short: {error}") from None
+        if len(records) != len(self.rows(shard)):
+            raise OSError(f"{self.path(shard)} has {len(records)} rows instead of {len(self.rows(shard))}.")
+        return records
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
+
+    def rows(self, shard: int) -> range:
+        """Numbers of the rows that this shard holds."""
+        return range(shard * LATENTS_PER_SHARD, min((shard + 1) * LATENTS_PER_SHARD, self.size))
+
+    def missing(self) -> list[int]:
+        """The shards that are not there, or not whole."""
+        missing = []
+        for shard in range(math.ceil(self.size / LATENTS_PER_SHARD)):
+            try:
+                self._open(shard)
+            except OSError:
+                missing.append(shard)
+        return missing
+
+    def write(self, shard: int, rows: Sequence[tuple[np.ndarray, bool, np.ndarray] | int], record: np.dtype) -> None:
+        """Keep a shard: of each row token ids (captions, tokens), whether it was enlarged and latents, or the reason
+        why it has none. Raises `TrainingError` where the disk does not take it.
+        """
+        records = np.zeros(len(rows), record)
+        for entry, row in zip(records, rows, strict=True):
+            if isinstance(row, int):
+                entry["reason"] = row
+            else:
+                entry["reason"], entry["captions"] = USABLE, len(row[0])
+                entry["input_ids"][: len(row[0])], entry["enlarged"], entry["latents"] = row
+        partial = self.folder / f".{shard:05d}.npy.partial"
+        try:
+            with open(partial, "wb") as file:
+                np.save(file, records, allow_pickle=False)
+            _sync(partial)
+            partial.replace(self.path(shard))
+            _sync(self.folder)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise TrainingError(
+                f"{self.path(shard)} cannot be written ({first_line(error)}): make room, and the same command goes "
+                "on with what is cached by now; or choose another --latents_cache_dir."
+            ) from error
+
+
+def record_type(args: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, captions: int) -> np.dtype:
+    """What a shard holds of a row, if none of its rows has more than this many captions."""
+    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    return np.dtype(
+        [
+            ("reason", "i1"),
+            ("enlarged", "?"),
+            ("captions", "u4"),
+            ("input_ids", "u2" if len(tokenizer) <= 2**16 else "i4", (captions, tokenizer.model_max_length)),
+            # As it is and, with --random_flip, mirrored; of each the mean and the standard deviation.
+            ("latents", "f2", (1 + args.random_flip, 2, vae.config.latent_channels, side, side)),
+        ]
+    )
+
+
+def cached_example(
+    record: np.void, columns: tuple[str, str], empty_ids: Tensor, proportion_empty_prompts: float, seed: int
+) -> dict[str, Any] | int:
+    """`prepare_example` of a record: `latent_mean` and `latent_std` for the pixels, the same draws from `seed`."""
+    if record["reason"] != USABLE:
+        return int(record["reason"])
+    variants, captions = record[columns[0]], record[columns[1]][: record["captions"]]
+    # As RandomHorizontalFlip draws it: with a crop in the centre the same images are mirrored as without a cache.
+    mirrored = len(variants) > 1 and torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() < 0.5
+    mean, std = torch.from_numpy(np.array(variants[int(mirrored)]))
+    rng = random.Random(seed)
+    empty = rng.random() < proportion_empty_prompts
+    input_ids = empty_ids if empty else torch.from_numpy(rng.choice(captions).astype(np.int64))
+    counts = torch.zeros(4, dtype=torch.int64)
+    counts[ENLARGED] = int(record["enlarged"])
+    return {"latent_mean": mean, "latent_std": std, "input_ids": input_ids, "counts": counts}
+
+
+def cache_settings(dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace) -> dict[str, Any]:
+    """All that the content of a cache follows from."""
+    tokenizer, rows = dataset.preparation["tokenizer"], dataset.rows
+    if isinstance(rows, TarShards):
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows.paths]
+        data = hashlib.blake2b(repr((files, rows.caption_column)).encode() + rows.places.tobytes()).hexdigest()
+    else:
+        data = rows._fingerprint
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # left by calls
+    state = repr((state, tokenizer.model_max_length, tokenizer.pad_token_id))
+    return {
+        "about": "Encoded images and captions, kept by --cache_latents. May be deleted: they are then made again.",
+        "format": 1,
+        "rows_per_shard": LATENTS_PER_SHARD,
+        "vae": weights_hash(vae),
+        "vae_config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+        "dtype": str(vae.dtype),
+        **{name: getattr(args, name) for name in ("resolution", "image_interpolation_mode", "random_flip")},
+        "crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}",
+        "tokenizer": hashlib.blake2b(state.encode()).hexdigest(),
+        "images": len(dataset),
+        "columns": dataset.columns,
+        "data": data,
+    }
+
+
+class RawRows(Dataset):
+    """The rows of a `DistillationDataset` with a fixed crop and all captions, broken ones not replaced."""
+
+    def __init__(self, dataset: DistillationDataset, args: argparse.Namespace) -> None:
+        transform = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
+        preparation = {**dataset.preparation, "transform": transform, "proportion_empty_prompts": None}
+        self.dataset = DistillationDataset(dataset.rows, dataset.columns, dataset.seed, **preparation)
+
+    def __getitem__(self, row: int) -> dict[str, Any] | int:
+        return self.dataset.example(0, row)  # the crop is that of epoch 0
+
+
+def collate_rows(examples: Sequence[dict[str, Any] | int]) -> tuple[list[Tensor], list[tuple[np.ndarray, bool] | int]]:
+    """The usable rows' images as one batch, [(usable, 3, H, W)] or []; and of every row what is kept beside it."""
+    usable = [example for example in examples if not isinstance(example, int)]
+    images = [torch.stack([example["pixel_values"] for example in usable]).contiguous()] if usable else []
+    return images, [
+        example if isinstance(example, int) else (example["input_ids"].numpy(), bool(example["counts"][ENLARGED]))
+        for example in examples
+    ]
+
+
+def encode_shards(
+    shards: LatentShards,
+    numbers: Sequence[int],
+    dataset: DistillationDataset,
+    vae: AutoencoderKL,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> None:
+    """Make these shards. A batch ends with its shard, so that it does not matter which process makes which."""
+    places = [shards.rows(number) for number in numbers]
+    size = args.train_batch_size
+    loader = DataLoader(
+        RawRows(dataset, args),
+        batch_sampler=[rows[start : start + size] for rows in places for start in range(0, len(rows), size)],
+        collate_fn=collate_rows,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    batches = iter(loader)
+    progress = tqdm(
+        total=sum(map(len, places)), desc="Encoding", unit=" images", disable=not accelerator.is_main_process
+    )
+    for number, wanted in zip(numbers, places, strict=True):
+        encoded: list[tuple[np.ndarray, bool, np.ndarray] | int] = []
+        while len(encoded) < len(wanted):
+            images, rows = next(batches)
+            latents = iter(())
+            for pixel_values in images:
+                variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
+                moments = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
+                if not moments.isfinite().all():
+                    raise TrainingError(f"The VAE's latents are not finite in {vae.dtype} or float16.")
+                latents = iter(moments.cpu().numpy())
+            encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
+            progress.update(len(rows))
+        captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)
+        shards.write(number, encoded, record_type(args, vae, dataset.preparation["tokenizer"], captions))
+    progress.close()
+
+
+def cache_latents(
+    dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace, accelerator: Accelerator
+) -> DistillationDataset:
+    """The same samples with `latent_mean` and `latent_std` for `pixel_values`, read from their cache.
+
+    Where it is not whole, all processes make what is missing first; to be called by each. Raises `UserError` where
+    there is no room for it, and `TrainingError` where it cannot be written.
+    """
+    settings, tokenizer = cache_settings(dataset, vae, args), dataset.preparation["tokenizer"]
+    key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+    folder = Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents") / key
+    shards = LatentShards(folder, len(dataset))
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+        except OSError as error:
+            raise UserError(f"--latents_cache_dir: {folder} cannot be made ({first_line(error)}).") from error
+    # Two runs may well begin on one cache: the later one waits for the other.
+    with FileLock(folder / ".lock") if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        missing = shards.missing()
+        accelerator.wait_for_everyone()  # nothing is made before everyone has looked
+        images = sum(len(shards.rows(number)) for number in missing)
+        needed, free = images * record_type(args, vae, tokenizer, 1).itemsize, shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"--cache_latents needs {tqdm.format_sizeof(needed, 'B')} in {folder} for {images:,} images, where "
+                f"{tqdm.format_sizeof(free, 'B')} are free: make room or choose another --latents_cache_dir."
+            )
+        if missing:
+            size = tqdm.format_sizeof(needed, "B")
+            logger.info(f"Encoding {images:,} of {len(dataset):,} images into {folder}, which will take {size}")
+            started = time.perf_counter()
+            mine = missing[accelerator.process_index :: accelerator.num_processes]
+            encode_shards(shards, mine, dataset, vae, args, accelerator)
+            accelerator.wait_for_everyone()
+            seconds = time.perf_counter() - started
+            logger.info(f"Encoded {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
+            if missing := shards.missing():
+                raise TrainingError(f"{shards.path(missing[0])} is not there: do all machines share this folder?")
+    empty_ids = tokenize_captions([""], tokenizer, random.Random())[0]
+    draws = {"empty_ids": empty_ids, "proportion_empty_prompts": args.proportion_empty_prompts}
+    return DistillationDataset(shards, ("latents", "input_ids"), args.seed, prepare=cached_example, **draws)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # The training step.
 
 
@@ -1083,11 +1349,10 @@ class Distillation:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     ema_unet: EMAModel | None
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of all that decides what is trained, see `run_settings`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what decides the weights, see `run_settings`
     health: StepHealth = field(default_factory=StepHealth)
     window_loss: Tensor | float = 0.0  # summed over the micro-batches of this optimiser step
+    compiled_loss: Callable | None = None  # `distillation_loss`, with --compile
 
     def metric_names(self) -> list[str]:
         """Names of what `training_step` returns, in its order."""
@@ -1109,10 +1374,13 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
     generator = torch.Generator(device).manual_seed(seed)
     with accelerator.accumulate(run.unet):
         # 1. Latents, sampled from the posterior in float32.
-        with torch.no_grad():
-            pixel_values = batch["pixel_values"].to(device, dtype=run.weight_dtype, non_blocking=True)
-            moments = run.vae.encode(pixel_values).latent_dist.parameters.float()
-            latents = DiagonalGaussianDistribution(moments).sample(generator) * run.vae.config.scaling_factor
+        if "latent_mean" in batch:
+            mean, std = (batch[name].to(device, non_blocking=True).float() for name in ("latent_mean", "latent_std"))
+        else:
+            mean, std = encode_images(run.vae, batch["pixel_values"])
+        # Not randn_like, which would draw in the order in which `mean` lies in memory.
+        deviation = std * torch.randn(mean.shape, generator=generator, device=device)
+        latents = (mean + deviation) * run.vae.config.scaling_factor
         # 2. Noise and timesteps, in float32 too: in bf16 most of the 1,000 noise levels would fall together.
         noise = torch.randn(latents.shape, generator=generator, device=device)
         if args.noise_offset:
@@ -1140,7 +1408,7 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
                     noisy_latents.to(run.weight_dtype), timesteps, encoder_hidden_states, return_dict=False
                 )[0]
         # 6. Loss.
-        losses = distillation_loss(
+        losses = (run.compiled_loss or distillation_loss)(
             student_pred,
             teacher_pred,
             target,
@@ -1161,14 +1429,27 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
                 run.optimizer.step()
             run.lr_scheduler.step()
             if sound and run.ema_unet is not None:
-                if args.offload_ema:
-                    run.ema_unet.to(device, non_blocking=True)
-                run.ema_unet.step(run.unet.parameters())
-                if args.offload_ema:
-                    run.ema_unet.to("cpu", non_blocking=False)
+                update_ema(run.ema_unet, run.unet)
         run.optimizer.zero_grad(set_to_none=True)
     scalars = torch.stack([losses[name] for name in ("loss", "task_loss", "output_loss", "feature_loss")])
     return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
+
+
+def update_ema(ema_unet: EMAModel, unet: nn.Module) -> None:
+    """One step of the moving average. An average in the host's (pinned) memory is updated on the device and put back.
+
+    What is put back is not there before the device is synchronised.
+    """
+    kept = ema_unet.shadow_params
+    ema_unet.shadow_params = [
+        shadow.to(parameter.device, non_blocking=True)
+        for shadow, parameter in zip(kept, unet.parameters(), strict=True)
+    ]
+    ema_unet.step(unet.parameters())
+    for shadow, updated in zip(kept, ema_unet.shadow_params, strict=True):
+        if shadow is not updated:
+            shadow.copy_(updated, non_blocking=True)
+    ema_unet.shadow_params = kept
 
 
 class MetricLog:
@@ -1226,8 +1507,8 @@ FREE_SETTINGS = frozenset(
         "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "max_train_samples",
         "dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
         "max_train_steps", "offload_ema", "foreach_ema", "gradient_checkpointing", "mixed_precision", "allow_tf32",
-        "local_rank", "max_bad_steps", "output_dir", "logging_dir", "logging_steps", "report_to",
-        "tracker_project_name", "validation_prompts", "validation_steps", "num_validation_images",
+        "compile", "latents_cache_dir", "local_rank", "max_bad_steps", "output_dir", "logging_dir", "logging_steps",
+        "report_to", "tracker_project_name", "validation_prompts", "validation_steps", "num_validation_images",
         "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_settings",
         "push_to_hub", "hub_token", "hub_model_id",
     )
@@ -1306,16 +1587,16 @@ def prune_checkpoints(output_dir: Path, keep: int, newest: int | None = None) ->
     return surplus
 
 
-def put_in_place(new: Path, path: Path, old: Path) -> None:
+def put_in_place(new: Path, path: Path, old: Path | None = None) -> None:
     """Rename a finished `new` to `path` once all of it is on the disk, whatever happens to the machine then.
 
-    What was at `path` is renamed to `old`.
+    What was at `path` is renamed to `old`; a file needs none, and is replaced.
     """
     for entry in [*new.rglob("*"), new]:
         _sync(entry)
-    if path.exists():
+    if old is not None and path.exists():
         path.rename(old)
-    new.rename(path)
+    new.replace(path)
     _sync(path.parent)
 
 
@@ -1339,6 +1620,8 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
         if accelerator.is_main_process:
             accelerator.unwrap_model(models[0], keep_torch_compile=False).save_pretrained(Path(output_dir) / "unet")
             if ema_unet is not None:
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()  # an offloaded average may be on its way, see `update_ema`
                 ema_unet.save_pretrained(Path(output_dir) / "unet_ema")
         weights.clear()  # accelerate then writes no copy of its own
 
@@ -1349,12 +1632,12 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
         )
         if ema_unet is None:
             return
-        ema_unet.shadow_params = [parameter.detach().clone() for parameter in student.parameters()]
+        average = student
         if (Path(input_dir) / "unet_ema").is_dir():  # else --use_ema is new (--allow_changed_settings)
             average = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet_ema", use_safetensors=True)
-            ema_unet.shadow_params = [parameter.detach() for parameter in average.parameters()]
             ema_unet.optimization_step = average.config["optimization_step"]
-        ema_unet.to(accelerator.device)
+        for shadow, parameter in zip(ema_unet.shadow_params, average.parameters(), strict=True):
+            shadow.copy_(parameter)
 
     return save, load
 
@@ -1626,12 +1909,16 @@ def making_pictures(run: Distillation) -> Iterator[None]:
     for tap in taps:
         tap.enabled = False
     run.health.making_pictures = True
+    run.vae.to(run.accelerator.device)  # with cached latents it is not there
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # other shapes: minutes of compiling for a picture
+            yield
     except PicturesInterrupted:
         logger.info("The validation pictures are given up, to stop")
     finally:
         run.health.making_pictures = False
+        if run.args.cache_latents:
+            run.vae.to("cpu")
         for tap in taps:
             tap.enabled = True
 
@@ -1815,6 +2102,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--random_flip", action="store_true", help="Mirror half of the images.")
     interpolations = [mode.name.lower() for mode in InterpolationMode]
     flag("--image_interpolation_mode", choices=interpolations, default="lanczos", help="How images are resized.")
+    flag("--cache_latents", action="store_true", help="Encode every image once, before training; one crop for each.")
+    flag("--latents_cache_dir", help="Where; default: --output_dir with -latents behind it.")
     flag("--proportion_empty_prompts", type=float, default=0.0, help="Share of captions that are left empty.")
     flag("--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0 loads in the main one.")
 
@@ -1837,7 +2126,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--use_ema", action="store_true", help="Keep a moving average of the student; the saved pipeline holds it.")
     flag("--ema_decay", type=float, default=0.9999, help="Decay of that average, reached after a warm-up.")
     flag("--offload_ema", action="store_true", help="Keep the average in the host's memory.")
-    flag("--foreach_ema", action="store_true", help="Update the average with fewer, larger operations.")
+    flag("--foreach_ema", action="store_true", help="Accepted; the average is always updated by foreach operations.")
     flag("--noise_offset", type=float, default=0.0, help="Scale of the noise offset.")
     flag("--input_perturbation", type=float, default=0.0, help="Scale of the input perturbation (0.1 recommended).")
     flag(
@@ -1845,6 +2134,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     flag("--gradient_checkpointing", action="store_true", help="Less memory for a slower student.")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what accelerate is configured for.")
+    flag(
+        "--compile",
+        action="store_true",
+        help="Compile the nets with torch.compile: minutes at the start, then faster.",
+    )
     flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
     flag("--seed", type=int, help="Seed of everything random; drawn and printed where not given.")
     flag("--local_rank", type=int, default=-1, help="Accepted for launchers that pass it; accelerate finds it itself.")
@@ -1949,6 +2243,12 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--streaming goes with --dataset_name only: local data is read in place anyway.")
     elif args.streaming and args.max_train_steps is None:
         problems.append("--streaming needs --max_train_steps: the length of a stream is not known.")
+    if args.streaming and args.cache_latents:
+        problems.append("--cache_latents does not go with --streaming: what it caches is the whole data.")
+    if args.latents_cache_dir is not None and not args.cache_latents:
+        problems.append("--latents_cache_dir needs --cache_latents.")
+    if args.latents_cache_dir is not None and Path(args.latents_cache_dir).is_file():
+        problems.append(f"--latents_cache_dir {args.latents_cache_dir} is a file, not a folder.")
     if args.train_data_dir is not None:
         folder = Path(args.train_data_dir)
         if not folder.is_dir():
@@ -2030,6 +2330,11 @@ def load_unets(
     return student, teacher
 
 
+def use_channels_last(device: torch.device, dtype: torch.dtype, compiled: bool) -> bool:
+    """Whether the nets are faster with channels last: measured with `tests/benchmark.py`'s nets, see the README."""
+    return compiled if device.type == "cuda" else dtype == torch.bfloat16
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -2053,7 +2358,7 @@ def train(
     first_step: int,
     samples_seen: int,
 ) -> tuple[dict[str, float], Tensor, float]:
-    """The training loop, from optimiser step `first_step` on: the last metrics, `counts`, and seconds of training.
+    """The training loop, from optimiser step `first_step` on: the last metrics, `counts`, and steps per second.
 
     It ends early where `run.health` has a signal to stop. Raises `TrainingError` where too many steps are skipped.
     """
@@ -2061,7 +2366,7 @@ def train(
     metrics = MetricLog(accelerator, run.metric_names())
     counts = torch.zeros(4, dtype=torch.int64)
     micro_batch = samples_seen // (args.train_batch_size * accelerator.num_processes)
-    seconds, started = 0.0, time.perf_counter()
+    seconds, timed_steps = 0.0, 0
     progress = tqdm(
         total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
@@ -2083,6 +2388,9 @@ def train(
                 micro_batch += 1
             metrics.add(step, learning_rate, terms, grad_norm)
             progress.update()
+            timed_steps += 1
+            if args.compile and step == first_step + 1 < args.max_train_steps:  # compiling is no training
+                started, timed_steps = time.perf_counter(), 0
             ends = step == args.max_train_steps
             saves = bool(health.stop_signal) or (step % args.checkpointing_steps == 0 and not health.bad)
             validates = bool(args.validation_prompts) and (ends or step % args.validation_steps == 0)
@@ -2108,11 +2416,12 @@ def train(
                         + (f"saved {saved}" if saved else f"not saved; {health.goes_on()}")
                         + "; go on with --resume_from_checkpoint latest"
                     )
-                    return metrics.last, counts, seconds
+                    break
                 if validates:
                     validate(run, tokenizer, teacher_images, step)
                 started = time.perf_counter()
-    return metrics.last, counts, seconds + time.perf_counter() - started
+        seconds += time.perf_counter() - started
+    return metrics.last, counts, timed_steps / seconds
 
 
 def main(args: argparse.Namespace) -> None:  # noqa: C901
@@ -2207,8 +2516,16 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     if teacher_unet is not None:
         teacher_unet = freeze(teacher_unet, accelerator.device, weight_dtype)
     unet.train().to(accelerator.device)
+    if use_channels_last(accelerator.device, weight_dtype, args.compile):
+        for model in filter(None, (vae, unet, teacher_unet)):
+            model.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.compile:  # in place, so that state dicts keep their names
+        vae.encoder.compile(dynamic=False)
+    if args.cache_latents:
+        dataset = cache_latents(dataset, vae, args, accelerator)
+        vae.to("cpu")  # validation pictures bring it back
 
     # 5. EMA of the student.
     ema_unet = None
@@ -2216,11 +2533,13 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         ema_unet = EMAModel(
             unet.parameters(),
             decay=args.ema_decay,
-            foreach=args.foreach_ema,
+            foreach=True,
             model_cls=UNet2DConditionModel,
             model_config=unet.config,
         )
         ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+        if args.offload_ema and accelerator.device.type == "cuda":
+            ema_unet.pin_memory()
 
     # 6. Optimiser and schedule.
     total_batch = total_batch_size(args, accelerator)
@@ -2241,6 +2560,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         teacher_names, student_names = zip(*feature_pairs(args.distill_level), strict=True)
         teacher_tap, student_tap = FeatureTap(teacher_unet, teacher_names), FeatureTap(unet, student_names)
         check_features([(teacher_unet, teacher_tap), (unet, student_tap)])
+    if args.compile:  # after the taps, and with shapes kept apart: block by block they differ
+        for model in filter(None, (unet, teacher_unet)):
+            model.compile(dynamic=False)
 
     # 8. Prepare, and resume.
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
@@ -2266,8 +2588,6 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
                 f"--lr_scheduler {args.lr_scheduler} now ends at step {args.max_train_steps} instead of "
                 f"{state.get('max_train_steps')}: the learning rate is another from here on."
             )
-        if args.offload_ema:
-            ema_unet.to("cpu")
         if list_checkpoints(output_dir)[-1:] not in ([], [checkpoint]):
             logger.warning(f"{output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
     run = Distillation(
@@ -2290,6 +2610,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             skipped_steps=state.get("skipped_steps", 0),
             last_checkpoint=checkpoint,
         ),
+        compiled_loss=torch.compile(distillation_loss, dynamic=False) if args.compile else None,
     )
 
     # 9. Say what is about to happen, and write down the settings.
@@ -2320,7 +2641,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
 
     # 10. Train.
     with stop_signals(run.health):
-        last, counts, seconds = train(run, tokenizer, dataset, global_step, samples_seen)
+        last, counts, steps_per_second = train(run, tokenizer, dataset, global_step, samples_seen)
         for tap in (student_tap, teacher_tap):
             if tap is not None:
                 tap.close()
@@ -2373,7 +2694,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     report(
         {
             **{name: f"{value:.6g}" for name, value in last.items()},
-            "Steps per second": f"{steps / seconds:.3f} ({steps * total_batch / seconds:.2f} images per second)",
+            "Steps per second": f"{steps_per_second:.3f} ({steps_per_second * total_batch:.2f} images per second)",
             "Peak memory": peak_memory(accelerator.device),
             "Samples replaced": describe_counts(counts),
             "Steps skipped": run.health.skipped_steps,
