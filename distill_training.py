@@ -1153,7 +1153,6 @@ def cache_settings(dataset: DistillationDataset, vae: AutoencoderKL, args: argpa
         "crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}",
         "tokenizer": hashlib.blake2b(state.encode()).hexdigest(),
         "images": len(dataset),
-        "columns": dataset.columns,
         "data": data,
     }
 
@@ -1208,6 +1207,8 @@ def encode_shards(
             images, rows = next(batches)
             latents = iter(())
             for pixel_values in images:
+                if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
+                    pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, size - len(pixel_values)))
                 variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
                 moments = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
                 if not moments.isfinite().all():
@@ -1947,7 +1948,7 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
                 tensor.data = tensor.data.contiguous()
     sample = torch.randn(1, unet.config.in_channels, 8, 8)
     text = torch.randn(1, 4, pipeline.text_encoder.config.hidden_size)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = unet.eval()(sample, 500, text, return_dict=False)[0]
     if not expected.isfinite().all():
         raise TrainingError("The student's prediction is not finite: nothing is saved.")
@@ -2561,6 +2562,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         teacher_tap, student_tap = FeatureTap(teacher_unet, teacher_names), FeatureTap(unet, student_names)
         check_features([(teacher_unet, teacher_tap), (unet, student_tap)])
     if args.compile:  # after the taps, and with shapes kept apart: block by block they differ
+        # What save_pretrained adds to a config: added later, it would have the student compiled anew.
+        unet.register_to_config(_class_name=type(unet).__name__, _diffusers_version=diffusers.__version__)
         for model in filter(None, (unet, teacher_unet)):
             model.compile(dynamic=False)
 

@@ -379,7 +379,9 @@ def test_checkpoints_are_rotated(tmp_path: Path, teacher: Path, shards: Path) ->
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, teacher: Path, shards: Path) -> None:
     settings = {"learning_rate": 1e30, "checkpointing_steps": 3, "max_train_steps": 9, "logging_steps": 50}
-    with pytest.raises(dt.TrainingError, match=r"at step 4, .*task_loss is (nan|inf).*there is no good checkpoint yet"):
+    with pytest.raises(
+        dt.TrainingError, match=r"at step 4, .*task_loss is (nan|inf).*there is no good checkpoint yet"
+    ):
         train(teacher, shards, tmp_path / "none", **settings, max_bad_steps=2)
     assert dt.list_checkpoints(tmp_path / "none") == []  # weights that are lost are not saved
     with pytest.raises(dt.TrainingError, match=r"at step 2, .*loss is (nan|inf).*there is no good checkpoint yet"):

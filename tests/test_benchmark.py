@@ -1,0 +1,266 @@
+"""The benchmark runs at toy width and writes what it should; the figures themselves are not looked at."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import pytest
+import torch
+from conftest import ROOT, make_tokenizer
+from PIL import Image
+
+import distill_training as dt
+
+META = torch.device("meta")
+PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
+
+
+def run_benchmark(what: str, folder: Path, *flags: str) -> dict:
+    line = [what, "--toy", "--device", "cpu", "--threads", "1", "--rounds", "2", "--output_dir", str(folder), *flags]
+    done = subprocess.run(
+        [sys.executable, "tests/benchmark.py", *line], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((folder / f"{what}.json").read_text())
+    text = (folder / f"{what}.md").read_text()
+    for fact in (f"python tests/benchmark.py {what} --toy", torch.__version__, record["date"], record["device"]):
+        assert fact in text
+    assert "1 threads" in text and text in done.stdout
+    image = Image.open(folder / f"{what}.png")
+    assert image.width == 1000 and len(image.getcolors(100_000)) > 2
+    return record
+
+
+@pytest.fixture(scope="module")
+def real_parts() -> dict:
+    return benchmark.make_parts(False, META)
+
+
+def test_training(tmp_path: Path) -> None:
+    record = run_benchmark("training", tmp_path, "--level", "sd_tiny", "--precision", "no", "bf16")
+    plain, half = record["results"]
+    assert (plain["precision"], half["precision"]) == ("no", "bf16")
+    assert {"floor", "cached", "floor with VAE", "shards", "plain"} == plain["variants"].keys()
+    assert "plain float32" in half["variants"] and "plain float32" not in plain["variants"]
+    for result in (plain, half):
+        flops = result["flops_per_image"]
+        for name, row in result["variants"].items():
+            assert len(row["seconds"]) == 2 and row["median_seconds"] == statistics.median(row["seconds"])
+            assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
+            work = sum(flops.values()) - (flops["VAE encode"] if name in ("floor", "cached") else 0)
+            precision = "no" if name == "plain float32" else result["precision"]
+            achieved = row["share_of_matmul_peak"] * result["matmul_flops_per_second"][precision]
+            assert achieved == pytest.approx(work * row["images_per_second"])
+        for name in benchmark.RATIOS:
+            left, right = name.split(" / ")
+            if left in result["variants"] and right in result["variants"]:
+                times = [result["variants"][side]["seconds"] for side in (left, right)]
+                expected = [above / below for above, below in zip(*times, strict=True)]
+                ratio = result["ratios"][name]
+                assert ratio["pairs"] == pytest.approx(expected)
+                assert ratio["min"] == min(ratio["pairs"]) <= ratio["median"] <= ratio["max"] == max(ratio["pairs"])
+    text = (tmp_path / "training.md").read_text()
+    assert benchmark.show_ratio(half["ratios"]["shards / floor with VAE"]) in text
+
+
+def test_inference(tmp_path: Path) -> None:
+    record = run_benchmark("inference", tmp_path)
+    assert list(record["models"]) == list(PUBLISHED)
+    for model in record["models"].values():
+        assert 0 < model["macs_conv_linear"] < model["macs_with_attention"]
+        for key in ("unet_batch_1", "unet_batch_2", "pipeline"):
+            times = record["models"]["teacher"][key]["seconds"], model[key]["seconds"]
+            pairs = [teacher / mine for teacher, mine in zip(*times, strict=True)]
+            assert model[key]["times_as_fast_as_teacher"]["pairs"] == pytest.approx(pairs)
+
+
+def test_memory(tmp_path: Path) -> None:
+    record = run_benchmark("memory", tmp_path)
+    assert len(record["rows"]) == len(benchmark.MEMORY_SETTINGS)
+    assert {row["measured"] for row in record["rows"]} == {"not measured"}
+    assert (tmp_path / "memory.md").read_text().count("not measured |") == len(record["rows"])
+
+
+def test_growth(tmp_path: Path) -> None:
+    record = run_benchmark("growth", tmp_path)
+    assert {row["samples"] for row in record["starts"]} == {20, 40}
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in record["steps_per_second"].values())
+    assert list(record["steps_per_second"]) == ["1", "2"]
+
+
+def test_every_subcommand_belongs_to_all() -> None:
+    assert list(benchmark.BENCHMARKS) == ["training", "inference", "memory", "growth"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["training", "--rounds", "0"], "--rounds must be at least 1, got 0."),
+        (["training", "--resolution", "100"], "--resolution must be a multiple of 64, got 100."),
+        (["training", "--batch_size", "4", "0"], "--batch_size must be at least 1, got 0."),
+        (["training", "--device", "cpu", "--profile"], "--profile looks at a GPU's kernels"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        benchmark.parse_args([*flags, "--output_dir", str(tmp_path)])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "memory.json").write_text("{}")
+    assert benchmark.parse_args(["growth", "--output_dir", str(tmp_path)]).what == "growth"
+    for what in ("memory", "all"):
+        with pytest.raises(SystemExit):
+            benchmark.parse_args([what, "--output_dir", str(tmp_path)])
+        assert "holds memory.json already" in capsys.readouterr().err
+
+
+def test_the_real_architecture(real_parts: dict) -> None:
+    unets = benchmark.make_unets(real_parts["unet"], dt.DISTILL_LEVELS)
+    assert {name: dt.count_parameters(unet) for name, unet in unets.items()} == PUBLISHED
+    assert dt.count_parameters(real_parts["vae"]) == 83_653_863
+    assert dt.count_parameters(real_parts["text_encoder"]) == 123_060_480
+    assert real_parts["tokenizer"].model_max_length == 77
+
+
+def test_flops_of_the_real_architecture(real_parts: dict) -> None:
+    student = benchmark.make_unets(real_parts["unet"], ["sd_small"])["sd_small"]
+    flops = {name: count / 1e9 for name, count in benchmark.step_flops(real_parts, student, 512).items()}
+    assert flops["teacher forward"] == pytest.approx(803.27, abs=0.01)
+    assert flops["student forward and backward"] == pytest.approx(1566.99, abs=0.01)
+    assert flops["VAE encode"] == pytest.approx(1116.66, abs=0.01)
+    assert flops["text encoder"] == pytest.approx(13.08, abs=0.25)  # published without attention's own products
+
+
+def test_memory_arithmetic_of_the_real_architecture(real_parts: dict) -> None:
+    settings = benchmark.MemorySettings(24, "sd_small", 4)
+    estimate = benchmark.estimate_memory(settings, real_parts, 512)
+    fixed = estimate["fixed"]
+    assert fixed["student, float32"] == fixed["gradients"] == 4 * PUBLISHED["sd_small"]
+    assert fixed["Adam's moments"] == 8 * PUBLISHED["sd_small"] and fixed["VAE, bf16"] == 0
+    assert fixed["teacher, bf16"] == 2 * PUBLISHED["teacher"]
+    # Autocast keeps a bf16 copy of nearly all weights for the backward pass, however many images there are.
+    assert 0.9 < fixed["student's bf16 copies"] / (2 * PUBLISHED["sd_small"]) < 1
+    assert estimate["total_bytes"] == estimate["fixed_bytes"] + 4 * estimate["image_bytes"]
+
+    lean = benchmark.MemorySettings(24, "sd_small", 4, checkpointing=True, adam_8bit=True, cached=False)
+    leaner = benchmark.estimate_memory(lean, real_parts, 512)
+    assert leaner["image_bytes"] < 0.5 * estimate["image_bytes"]
+    assert fixed["Adam's moments"] / leaner["fixed"]["Adam's moments"] == pytest.approx(4, rel=0.02)
+    assert leaner["fixed"]["VAE, bf16"] == 2 * 83_653_863
+
+
+def test_named_settings_fit_their_cards(real_parts: dict) -> None:
+    for settings in benchmark.MEMORY_SETTINGS:
+        estimate = benchmark.estimate_memory(settings, real_parts, 512)
+        assert estimate["total_bytes"] < settings.card * benchmark.GIB - benchmark.CONTEXT_BYTES, settings
+
+
+def test_saved_bytes_are_those_of_a_real_forward_pass(teacher: Path) -> None:
+    config = benchmark.UNet2DConditionModel.load_config(teacher, subfolder="unet")
+    config = dt.student_unet_config(config, "sd_small")
+    student = benchmark.UNet2DConditionModel.from_config(config).train()
+    known = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tap = dt.FeatureTap(student, [name for _, name in dt.feature_pairs("sd_small")])
+    latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 16, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = student(latents, torch.zeros(3, dtype=torch.int64), text).sample
+        mine = tap.pop()
+        dt.distillation_loss(
+            prediction, latents, latents, mine, [torch.zeros_like(f) for f in mine], output_weight=1, feature_weight=1
+        )
+    real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    counted, _ = benchmark.saved_bytes(json.dumps(config), "sd_small", 8, 16, 3, False)
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "matmul"),
+        ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "conv"),
+        ("cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>", "copies"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x80", "attention"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimizer, clipping"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies"),
+        ("triton_poi_fused__to_copy_convolution_add_3", "norm, elementwise"),
+        ("void at::native::RowwiseMomentsCUDAKernel<float>", "norm, elementwise"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("something new", "other"),
+    ],
+)
+def test_kernel_kind(kernel: str, kind: str) -> None:
+    assert benchmark.kernel_kind(kernel) == kind
+
+
+def test_busy_time() -> None:
+    assert benchmark.busy_time([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+
+
+def test_take_turns() -> None:
+    order = []
+    variants = {
+        name: benchmark.Variant(lambda name=name: order.append(name), lambda name=name: order.append(f"before {name}"))
+        for name in "ab"
+    }
+    rows = benchmark.take_turns(variants, 2, 2, torch.device("cpu"), "turns")
+    there, back = ["before a", "a", "a"], ["before b", "b", "b"]
+    assert order == [*there, *back, *back, *there]
+    assert {name: len(row["seconds"]) for name, row in rows.items()} == {"a": 2, "b": 2}
+
+
+def test_shards_are_those_of_the_trainer(tmp_path: Path) -> None:
+    shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(2, 40, 32), 5, per_shard=2)
+    with_manifest = dt.TarShards(shards, "text")
+    (shards / "manifest.json").unlink()
+    without = dt.TarShards(shards, "text")
+    assert len(with_manifest) == 5 and (with_manifest.places == without.places).all()
+    assert without[4]["text"].startswith("a picture of number 4")
+
+
+def test_held_bytes_see_numpy_and_torch(tmp_path: Path) -> None:
+    held, _ = benchmark.held_bytes(lambda: [torch.zeros(1000, 1000), bytes(10**6)])
+    assert held == pytest.approx(5e6, rel=0.01)
+    shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(1, 40, 32), 5)
+    accelerator = benchmark.make_accelerator(torch.device("cpu"), "no")
+    kept = benchmark.first_batch(benchmark.trainer_args(shards, 32, train_batch_size=2), make_tokenizer(), accelerator)
+    assert kept[-1]["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_the_optimiser_serves_all_variants(tmp_path: Path) -> None:
+    """A floor step, one of the trainer and a plain one in turn, on one optimiser state of which each takes a step."""
+    parts = benchmark.make_parts(True, torch.device("cpu"))
+    shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(4, 96, 72), 8)
+    args = benchmark.trainer_args(shards, 64, distill_level="sd_tiny", mixed_precision="bf16", train_batch_size=2)
+    run = benchmark.make_run(parts, args, torch.device("cpu"))
+    dataset = dt.make_train_dataset(args, parts["tokenizer"], run.accelerator)
+    variants, _ = benchmark.training_variants(run, dataset, args)
+    for number, variant in enumerate(variants.values(), start=1):
+        before = [parameter.detach().clone() for parameter in run.unet.parameters()]
+        variant.prepare()
+        variant.step()
+        assert any(not torch.equal(a, b) for a, b in zip(before, run.unet.parameters(), strict=True))
+        assert {int(state["step"]) for state in run.optimizer.optimizer.state.values()} == {number}
+    variants["plain float32"].prepare()
+    assert run.teacher_unet.dtype is run.vae.dtype is torch.float32
+    assert not run.optimizer.optimizer.param_groups[0]["fused"]
+    variants["floor"].prepare()
+    assert run.teacher_unet.dtype is run.vae.dtype is torch.bfloat16
+    assert run.optimizer.optimizer.param_groups[0]["fused"]
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    benchmark.drop(run)

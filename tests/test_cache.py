@@ -1,0 +1,616 @@
+"""The cache of latents and token ids: what is in it, when it is made anew, and what a run reads out of it."""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, make_tokenizer, write_tar
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from filelock import FileLock
+from PIL import Image
+from test_data import assert_same, data_args, dataset_of
+from test_train import train
+from torch._dynamo.testing import CompileCounter
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import distill_training as dt
+
+SIDE = 16  # pixels of the pictures, which have 2 x 2 latents then
+
+
+def png(number: int, side: int = SIDE, width: int | None = None) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (side, width or side, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def samples(count: int, side: int = SIDE) -> list[dict[str, bytes]]:
+    """Pictures with one to four captions each."""
+    captions = [[f"{'abcdefghij'[i % 10]} {word}" for word in "wxyz"[: 1 + i % 4]] for i in range(count)]
+    return [{"png": png(i, side), "json": json.dumps({"text": captions[i]}).encode()} for i in range(count)]
+
+
+def cache_args(teacher: Path, folder: Path, cache: Path, **settings: Any) -> argparse.Namespace:
+    args = data_args(teacher, train_data_dir=folder, **{"resolution": SIDE, **settings})
+    args.latents_cache_dir = str(cache)
+    return args
+
+
+def load_vae(teacher: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(teacher, subfolder="vae").requires_grad_(False).eval()
+
+
+def cached(
+    args: argparse.Namespace, vae: AutoencoderKL, dataset: dt.DistillationDataset | None = None
+) -> dt.DistillationDataset:
+    return dt.cache_latents(dataset or dataset_of(args), vae, args, Accelerator(cpu=True))
+
+
+def batches_of(dataset: dt.DistillationDataset, args: argparse.Namespace, count: int) -> list[dict[str, torch.Tensor]]:
+    return list(itertools.islice(dt.make_dataloader(dataset, args, Accelerator(cpu=True), 0), count))
+
+
+def contents(dataset: dt.DistillationDataset) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in dataset.rows.folder.glob("*.npy")}
+
+
+def assert_latents_of(example: dict[str, torch.Tensor], pixel_values: torch.Tensor, vae: AutoencoderKL) -> None:
+    """They are this picture's but for rounding, which lies far below what tells toy pictures apart."""
+    mean, std = dt.encode_images(vae, pixel_values[None])
+    torch.testing.assert_close(example["latent_mean"].float(), mean[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(example["latent_std"].float(), std[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def vae(teacher: Path) -> AutoencoderKL:
+    return load_vae(teacher)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tar(tmp_path_factory.mktemp("data") / "00000.tar", samples(12)).parent
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 5)
+
+
+# --- what a step makes of it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_and_deviation_sample_as_the_vae_does(teacher: Path, dtype: torch.dtype) -> None:
+    vae = load_vae(teacher).to(dtype)
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        posterior = DiagonalGaussianDistribution(vae.encode(images.to(dtype)).latent_dist.parameters.float())
+    expected = posterior.sample(torch.Generator().manual_seed(5))
+    mean, std = dt.encode_images(vae, images)
+    assert mean.dtype == std.dtype == torch.float32 and mean.shape == std.shape == (3, 4, 8, 8)
+    assert torch.equal(mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(5)), expected)
+
+
+def new_run(teacher: Path, args: argparse.Namespace, vae: AutoencoderKL) -> dt.Distillation:
+    accelerator = Accelerator(cpu=True)
+    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").requires_grad_(False)
+    unet = dt.build_student(teacher_unet, "sd_tiny").train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+    teacher_names, student_names = zip(*dt.feature_pairs("sd_tiny"), strict=True)
+    taps = {
+        "teacher_tap": dt.FeatureTap(teacher_unet, teacher_names),
+        "student_tap": dt.FeatureTap(unet, student_names),
+    }
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    return dt.Distillation(
+        args=args,
+        accelerator=accelerator,
+        weight_dtype=torch.float32,
+        noise_scheduler=DDPMScheduler.from_pretrained(teacher, subfolder="scheduler"),
+        vae=vae,
+        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder").requires_grad_(False),
+        teacher_unet=teacher_unet,
+        unet=unet,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        ema_unet=None,
+        **taps,
+    )
+
+
+def test_a_step_from_the_cache_is_the_same_step(
+    tmp_path: Path, teacher: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tar(tmp_path / "data" / "00000.tar", samples(12, side=64)).parent
+    args = cache_args(teacher, folder, tmp_path / "cache", resolution=64, distill_level="sd_tiny", random_flip=True)
+    pixels = batches_of(dataset_of(args), args, 6)
+    latents = batches_of(cached(args, vae), args, 6)
+    from_cache, from_pixels, from_rounded = (new_run(teacher, args, vae) for _ in range(3))
+    sampled: list[torch.Tensor] = []
+    add_noise = from_pixels.noise_scheduler.add_noise
+    monkeypatch.setattr(
+        from_pixels.noise_scheduler,
+        "add_noise",
+        lambda latents, *rest: sampled.append(latents) or add_noise(latents, *rest),
+    )
+    for number, (with_pixels, with_latents) in enumerate(zip(pixels, latents, strict=True)):
+        assert with_latents.keys() == {"latent_mean", "latent_std", "input_ids", "counts"}
+        assert with_latents["latent_mean"].dtype == with_latents["latent_std"].dtype == torch.float16
+        assert with_latents["latent_mean"].shape == with_latents["latent_std"].shape == (4, 4, 8, 8)
+        assert torch.equal(with_latents["input_ids"], with_pixels["input_ids"])
+        terms, _ = dt.training_step(from_cache, with_latents, number)
+        uncached, _ = dt.training_step(from_pixels, with_pixels, number)
+        generator = torch.Generator().manual_seed(dt.derived_seed(args.seed, "noise", number, 0))
+        with torch.no_grad():
+            posterior = vae.encode(with_pixels["pixel_values"]).latent_dist
+        assert torch.equal(sampled[-1], posterior.sample(generator) * vae.config.scaling_factor)
+        half = tuple(with_latents[name].float() for name in ("latent_mean", "latent_std"))
+        with monkeypatch.context() as patch:
+            patch.setattr(dt, "encode_images", lambda *_, half=half: half)
+            rounded, _ = dt.training_step(from_rounded, with_pixels, number)
+        assert torch.equal(terms, rounded)
+        torch.testing.assert_close(terms, uncached, rtol=1e-3, atol=0)
+    for one, other in zip(from_cache.unet.parameters(), from_rounded.unet.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+# --- what is in it --------------------------------------------------------------------------------------------
+
+
+def test_both_variants_of_a_flip_are_read(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+    args = cache_args(teacher, folder, tmp_path, random_flip=True)
+    whole = dataset_of(cache_args(teacher, folder, tmp_path))  # without --random_flip
+    mirrored, dataset, uncached = Counter(), cached(args, vae), dataset_of(args)
+    for epoch, row in itertools.product(range(8), range(12)):
+        picture, seen = whole[(0, row)]["pixel_values"], uncached[(epoch, row)]["pixel_values"]
+        flipped = torch.equal(seen, picture.flip(-1))
+        assert flipped or torch.equal(seen, picture)
+        assert_latents_of(dataset[(epoch, row)], seen, vae)
+        mirrored[row] += flipped
+    assert len(mirrored) == 12 and all(0 < count < 8 for count in mirrored.values())
+
+
+def test_a_random_crop_is_that_of_the_first_epoch(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
+    wide = [{"png": png(i, 64, 96), "txt": b"a"} for i in range(6)]
+    folder = write_tar(tmp_path / "data" / "00000.tar", wide).parent
+    args = cache_args(teacher, folder, tmp_path / "cache", center_crop=False, resolution=64)
+    dataset, uncached = cached(args, vae), dataset_of(args)
+    for epoch, row in itertools.product(range(3), range(6)):
+        assert_latents_of(dataset[(epoch, row)], uncached[(0, row)]["pixel_values"], vae)
+    assert any(not torch.equal(uncached[(0, i)]["pixel_values"], uncached[(1, i)]["pixel_values"]) for i in range(6))
+
+
+def test_captions_are_drawn_as_without_it(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+    args = cache_args(teacher, folder, tmp_path, proportion_empty_prompts=0.3)
+    dataset, uncached = cached(args, vae), dataset_of(args)
+    empty = dt.tokenize_captions([""], make_tokenizer(), random.Random(0))[0]
+    drawn: dict[int, set[tuple[int, ...]]] = {row: set() for row in range(12)}
+    empties = 0
+    for epoch, row in itertools.product(range(12), range(12)):
+        ids = dataset[(epoch, row)]["input_ids"]
+        assert ids.dtype == torch.int64 and torch.equal(ids, uncached[(epoch, row)]["input_ids"])
+        drawn[row].add(tuple(ids.tolist()))
+        empties += torch.equal(ids, empty)
+    assert 20 < empties < 70
+    assert [len(drawn[row]) > 2 for row in range(4)] == [False, True, True, True]  # the first has one caption
+
+
+@pytest.mark.parametrize("words", [400, 70_000])
+def test_large_vocabularies_are_kept(tmp_path: Path, teacher: Path, vae: AutoencoderKL, words: int) -> None:
+    folder = write_tar(tmp_path / "data" / "00000.tar", samples(4)).parent
+    args = cache_args(teacher, folder, tmp_path / "cache")
+    known = list(make_tokenizer().get_vocab())
+    tokens = [*known[:2], *(f"filler{i}" for i in range(words)), *known[2:]]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
+    uncached = dt.make_train_dataset(args, tokenizer, Accelerator(cpu=True))
+    dataset = cached(args, vae, uncached)
+    for row in range(4):
+        assert dataset[row]["input_ids"].max() > words
+        assert torch.equal(dataset[row]["input_ids"], uncached[row]["input_ids"])
+
+
+def test_unusable_rows_are_replaced_as_without_it(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
+) -> None:
+    rows = [{"image": {"bytes": png(i), "path": None}, "text": f"{'abcdefghij'[i]} x"} for i in range(10)]
+    rows[1]["image"] = {"bytes": b"no picture", "path": None}
+    rows[4]["text"] = " "
+    rows[6]["image"] = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    rows[8]["image"] = {"bytes": png(8, side=8), "path": None}
+    args = cache_args(teacher, folder, tmp_path, train_batch_size=3)
+    preparation = {"transform": dt.image_transforms(SIDE, True, False), "tokenizer": make_tokenizer()}
+    uncached = dt.DistillationDataset(
+        datasets.Dataset.from_list(rows), ("image", "text"), 3, proportion_empty_prompts=0.0, **preparation
+    )
+    dataset = cached(args, vae, uncached)
+    for epoch, row in itertools.product(range(4), range(10)):
+        expected, found = uncached[(epoch, row)], dataset[(epoch, row)]
+        assert torch.equal(found["counts"], expected["counts"])
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+        assert_latents_of(found, expected["pixel_values"], vae)
+    counts = sum(batch["counts"] for batch in batches_of(dataset, args, 20))
+    assert torch.equal(counts, sum(batch["counts"] for batch in batches_of(uncached, args, 20)))
+    assert all(counts > 0)
+    with pytest.raises(dt.UserError, match="None of the 1 training samples can be used: 1 with a broken image"):
+        bad = dt.DistillationDataset(
+            datasets.Dataset.from_list(rows[1:2]), ("image", "text"), 3, proportion_empty_prompts=0.0, **preparation
+        )
+        cached(args, vae, bad)[0]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_workers_change_nothing(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, flip: bool) -> None:
+    plain = cache_args(teacher, folder, tmp_path / "0", random_flip=flip)
+    parallel = cache_args(teacher, folder, tmp_path / "2", random_flip=flip, dataloader_num_workers=2)
+    alone, shared = cached(plain, vae), cached(parallel, vae)
+    assert contents(alone) == contents(shared) and len(contents(alone)) == 3
+    assert_same(batches_of(alone, plain, 5), batches_of(shared, parallel, 5))
+
+
+def test_half_precision_holds_every_deviation() -> None:
+    logvar = torch.tensor([-30.0, 20.0])  # the bounds that diffusers sets
+    std = DiagonalGaussianDistribution(torch.stack([logvar, logvar]).reshape(1, 2, 1, 2)).std.half()
+    assert std.isfinite().all() and (std > 0).all()
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path, teacher: Path, folder: Path) -> None:
+    vae = load_vae(teacher)
+    vae.quant_conv.bias[0] = 1e5  # more than half precision can hold
+    with pytest.raises(dt.TrainingError, match="latents are not finite"):
+        cached(cache_args(teacher, folder, tmp_path), vae)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+# --- when it is made anew -------------------------------------------------------------------------------------
+
+
+def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
+    data, other = samples(4), samples(5)
+    cache = tmp_path / "cache"
+
+    def key(
+        name: str,
+        content: list[dict[str, bytes]] = data,
+        vae: AutoencoderKL = vae,
+        tokenizer: CLIPTokenizer | None = None,
+        **settings: Any,
+    ) -> str:
+        folder = tmp_path / name
+        if not folder.exists():
+            write_tar(folder / "00000.tar", content)
+            os.utime(folder / "00000.tar", ns=(10**18, 10**18 + (content is not data)))
+        args = cache_args(teacher, folder, cache, **settings)
+        dataset = dt.make_train_dataset(args, tokenizer or make_tokenizer(), Accelerator(cpu=True))
+        folder = cached(args, vae, dataset).rows.folder
+        assert folder.parent == cache
+        assert json.loads((folder / "settings.json").read_text())["resolution"] == settings.get("resolution", SIDE)
+        return folder.name
+
+    heavier, edged = load_vae(teacher), AutoencoderKL.from_config({**vae.config, "act_fn": "relu"})
+    next(heavier.parameters())[0] += 0.01
+    edged.load_state_dict(vae.state_dict())
+    used, short, added = make_tokenizer(), make_tokenizer(), make_tokenizer()
+    used(["a b"], max_length=3, padding="max_length", truncation=True)
+    short.model_max_length = 12
+    added.add_tokens(["wx"])
+    caption = [{**data[0], "json": data[1]["json"]}, *data[1:]]
+    picture = [*data[:3], {**data[3], "png": png(99)}]
+    first = key("data")
+    assert len(list(cache.iterdir())) == 1
+    same = {
+        "again": key("data"),
+        "copy": key("copy"),
+        "seed": key("data", seed=4),
+        "batch size": key("data", train_batch_size=1),
+        "workers": key("data", dataloader_num_workers=1),
+        "empty prompts": key("data", proportion_empty_prompts=0.5),
+        "tokenizer in use": key("data", tokenizer=used),
+        "learning rate": key("data", learning_rate=1),
+        "all samples": key("data", max_train_samples=4),
+    }
+    assert set(same.values()) == {first} and len(list(cache.iterdir())) == 1
+    changed = {
+        "weights": key("data", vae=heavier),
+        "VAE config": key("data", vae=edged.eval()),
+        "precision": key("data", vae=load_vae(teacher).to(torch.bfloat16)),
+        "resolution": key("data", resolution=32),
+        "crop": key("data", center_crop=False),
+        "crop's seed": key("data", center_crop=False, seed=4),
+        "flip": key("data", random_flip=True),
+        "interpolation": key("data", image_interpolation_mode="bilinear"),
+        "tokens": key("data", tokenizer=short),
+        "vocabulary": key("data", tokenizer=added),
+        "picture": key("picture", picture),
+        "caption": key("caption", caption),
+        "added": key("added", other),
+        "fewer": key("data", max_train_samples=3),
+        "other": key("data", max_train_samples=3, seed=4),
+        "caption column": key("data", caption_column="caption"),
+    }
+    assert len({first, *changed.values()}) == 1 + len(changed)
+
+
+def test_a_table_is_known_again(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
+    def key(captions: list[str], number: int = 1, **settings: Any) -> str:
+        rows = {"image": [{"bytes": png(i), "path": None} for i in (0, number)], "text": captions, "more": captions}
+        features = datasets.Features(
+            {"image": datasets.Image(), "text": datasets.Value("string"), "more": datasets.Value("string")}
+        )
+        table = datasets.Dataset.from_dict(rows, features=features)
+        path = tmp_path / "table" / "data" / "train-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or datasets.Dataset.from_parquet(str(path)).to_dict() != table.to_dict():
+            table.to_parquet(path)
+        args = data_args(teacher, dataset_name=tmp_path / "table", resolution=SIDE, **settings)
+        args.latents_cache_dir = str(tmp_path / "cache")
+        return cached(args, vae).rows.folder.name
+
+    first = key(["a", "b"], cache_dir=tmp_path / "hub")
+    assert key(["a", "b"], cache_dir=tmp_path / "hub") == first
+    others = [
+        key(["a", "b"], cache_dir=tmp_path / "hub", caption_column="more"),
+        key(["a", "c"], cache_dir=tmp_path / "hub"),
+        key(["a", "c"], 2, cache_dir=tmp_path / "hub"),
+        key(["a", "c"], 2, cache_dir=tmp_path / "hub", max_train_samples=1),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+    args = cache_args(teacher, folder, tmp_path)
+    dataset = cached(args, vae)
+    whole, files = contents(dataset), dataset.rows.folder
+    times = {path.name: path.stat().st_mtime_ns for path in files.glob("*.npy")}
+    (files / "notes.txt").write_text("mine")
+    good = dataset[(0, 6)]
+    for damaged in (whole["00001.npy"][:-1], whole["00001.npy"][:50], b"", whole["00002.npy"]):
+        (files / "00001.npy").write_bytes(damaged)
+        found = dataset[(0, 6)]  # a run that is under way leaves it out, and says so
+        assert found["counts"][dt.UNREADABLE] > 0 and not torch.equal(found["latent_mean"], good["latent_mean"])
+        assert contents(cached(args, vae)) == whole
+        assert_same([dataset[(0, 6)]], [good])
+    assert {path.name: path.stat().st_mtime_ns for path in files.glob("0000[02].npy")} == {
+        name: times[name] for name in ("00000.npy", "00002.npy")
+    }
+    assert {path.name for path in files.iterdir()} == {*whole, "settings.json", "notes.txt", ".lock"}
+
+
+DRIVER = """
+import sys
+import torch
+from accelerate import Accelerator
+from conftest import make_tokenizer
+from diffusers import AutoencoderKL
+import distill_training as dt
+
+dt.LATENTS_PER_SHARD = 4
+args = dt.parse_args(sys.argv[3:])
+args.latents_cache_dir, accelerator = sys.argv[1], Accelerator(cpu=True)
+vae = AutoencoderKL.from_pretrained(sys.argv[2], subfolder="vae").requires_grad_(False).eval()
+dataset = dt.make_train_dataset(args, make_tokenizer(), accelerator)
+dt.cache_latents(dataset, vae, args, accelerator)
+accelerator.end_training()
+"""
+
+
+def test_killed_while_it_is_made_then_made_whole_by_two_processes(
+    tmp_path: Path, teacher: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 4)
+    folder = write_tar(tmp_path / "data" / "00000.tar", samples(82, side=64)).parent
+    args = cache_args(teacher, folder, tmp_path / "uninterrupted", resolution=64, train_batch_size=3)
+    expected = contents(cached(args, vae))
+    assert len(expected) == 21
+    cache, driver = tmp_path / "cache", tmp_path / "driver.py"
+    args.latents_cache_dir = str(cache)
+    process = multiprocessing.get_context("fork").Process(target=cached, args=(args, vae))
+    process.start()
+    while len(list(cache.rglob("*.npy"))) < 3 and process.is_alive():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+    assert process.exitcode == -signal.SIGKILL and 3 <= len(made) < 21
+    driver.write_text(DRIVER)
+    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", folder, "--resolution", 64]
+    flags += ["--train_batch_size", 3, "--center_crop", "--seed", 3, "--output_dir", tmp_path / "output"]
+    command = [*map(str, (driver, cache, teacher, *flags))]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr
+    missing = [name for name in sorted(expected) if name not in {path.name for path in made}]
+    share = sum(2 if name == "00020.npy" else 4 for name in missing[::2])  # each process has encoded every other one
+    assert f" {share}/{share} " in finished.stderr
+    assert {path.name: path.read_bytes() for path in cache.rglob("*.npy")} == expected
+    assert all(path.stat().st_mtime_ns == changed for path, changed in made.items())
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_a_second_run_waits_for_the_first(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+    args = cache_args(teacher, folder, tmp_path)
+    lock = cached(args, vae).rows.folder / ".lock"
+    done = threading.Event()
+
+    def second() -> None:
+        cached(args, vae)
+        done.set()
+
+    with FileLock(lock):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not done.wait(1.0)
+    assert done.wait(30)
+    thread.join()
+
+
+# --- memory and disk ------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_it_is_read_where_it_lies(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 512)
+    args, tokenizer, count = cache_args(teacher, folder, tmp_path, resolution=64), make_tokenizer(), 20_000
+    shards = dt.LatentShards(tmp_path, count)
+    record = dt.record_type(args, vae, tokenizer, 1)
+    row = (np.zeros((1, 16)), False, np.zeros((1, 2, 4, 8, 8), np.float16))
+    for shard in shards.missing():
+        shards.write(shard, [row] * len(shards.rows(shard)), record)
+    assert shards.missing() == [] and len(list(tmp_path.glob("*.npy"))) == 40
+    draws = {"empty_ids": torch.zeros(16, dtype=torch.int64), "proportion_empty_prompts": 0.0}
+    dataset = dt.DistillationDataset(shards, ("latents", "input_ids"), 0, prepare=dt.cached_example, **draws)
+    assert (
+        len(pickle.dumps(dataset)) < 2_000 and pickle.loads(pickle.dumps(dataset))[19_999]["latent_std"].shape[0] == 4
+    )
+    for index in range(0, count, 500):
+        dataset[index]
+    before = resident_bytes()
+    for index in range(0, count, 7):  # every page of 22 MB
+        dataset[index]
+    assert resident_bytes() - before < 100 * count / 4
+    tracemalloc.start()
+    dataset[7_000]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000  # a row of its shard, which has 540 kB
+    assert not [path for path in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(path)]
+
+
+def test_too_little_room_is_said_before_anything_is_encoded(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 512)
+    rows = datasets.Dataset.from_dict({"image": [None] * 100_000, "text": [""] * 100_000})
+    source = dt.DistillationDataset(rows, ("image", "text"), 3, tokenizer=make_tokenizer())
+    args = cache_args(teacher, folder, tmp_path, resolution=2**16)
+    with pytest.raises(
+        dt.UserError, match=r"^--cache_latents needs 107TB in \S+ for 100,000 images, where \S+B are free: "
+    ):
+        cached(args, vae, source)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
+    data = samples(12)
+    many = json.dumps({"text": [f"a {i % 10} b" for i in range(900)]}).encode()
+    folder = write_tar(tmp_path / "data" / "00000.tar", [*data[:7], {**data[7], "json": many}, *data[8:]]).parent
+    args = cache_args(teacher, folder, tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(dt.TrainingError, match=r"^\S+/00001.npy cannot be written \(.*\): make room, and"):
+            cached(args, vae)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "cache").rglob("*.*") if path.is_file()} == {
+        "00000.npy", "settings.json", ".lock",
+    }  # fmt: skip
+    assert len(contents(cached(args, vae))) == 3
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(dt.UserError, match=r"^--latents_cache_dir: \S+/file/\w+ cannot be made \("):
+        cached(cache_args(teacher, folder, tmp_path / "file"), vae)
+
+
+def test_it_lies_beside_the_output(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = cache_args(teacher, folder, tmp_path)
+    args.latents_cache_dir, args.output_dir = None, "runs/tiny/"
+    assert cached(args, vae).rows.folder.parent == tmp_path / "runs" / "tiny-latents"
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_cache_trains_the_same(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tar(tmp_path / "data" / "00000.tar", samples(12, side=64)).parent
+    step, encode_images = dt.training_step, dt.encode_images
+    terms: list[torch.Tensor] = []
+    encoded: list[int] = []
+
+    def watched_step(*args: Any) -> Any:
+        result = step(*args)
+        terms.append(result[0])
+        return result
+
+    def watched_encoding(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(len(pixel_values))
+        return encode_images(vae, pixel_values)
+
+    monkeypatch.setattr(dt, "training_step", watched_step)
+    monkeypatch.setattr(dt, "encode_images", watched_encoding)
+    settings = {"center_crop": True, "random_flip": True, "max_train_steps": 4, "train_batch_size": 3}
+    cache = {"cache_latents": True, "latents_cache_dir": tmp_path / "cache"}
+    train(teacher, folder, tmp_path / "uncached", distill_level="sd_tiny", **settings)
+    assert sum(encoded) == 12
+    train(teacher, folder, tmp_path / "cached", distill_level="sd_tiny", **settings, **cache)
+    assert sum(encoded) == 12 + 2 * 12  # both variants
+    torch.testing.assert_close(torch.stack(terms[4:]), torch.stack(terms[:4]), rtol=1e-3, atol=0)
+    train(teacher, folder, tmp_path / "other", distill_level="sd_small", **settings, **cache)
+    assert sum(encoded) == 12 + 2 * 12 and len(terms) == 12  # another student learns from the same cache
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache_latents", "--streaming", "--max_train_steps", "1"], "--cache_latents does not go with --streaming"),
+        (["--latents_cache_dir", "somewhere"], "--latents_cache_dir needs --cache_latents"),
+        (["--cache_latents", "--latents_cache_dir", __file__], "is a file, not a folder"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    teacher: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        dt.parse_args(["--pretrained_model_name_or_path", str(teacher), "--dataset_name", "some/data", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_compiled_encoder_sees_one_shape(tmp_path: Path, teacher: Path) -> None:
+    data = samples(22)
+    for broken in (3, 9, 10, 17, 18, 19):
+        data[broken]["png"] = b"no picture"
+    folder = write_tar(tmp_path / "data" / "00000.tar", data).parent
+    compiled, plain, counter = load_vae(teacher), load_vae(teacher), CompileCounter()
+    compiled.encoder.compile(dynamic=False, backend=counter)
+    args = cache_args(teacher, folder, tmp_path / "compiled", train_batch_size=4, compile=True)
+    one = cached(args, compiled)
+    other = cached(cache_args(teacher, folder, tmp_path / "plain", train_batch_size=4), plain)
+    assert counter.frame_count == 1
+    for row in range(22):
+        torch.testing.assert_close(one[row], other[row], rtol=1e-3, atol=1e-4)

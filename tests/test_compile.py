@@ -1,0 +1,111 @@
+"""`--compile`: the same features, gradients and files, and compiled only once."""
+
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+from conftest import UNET_CONFIG
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from test_train import train, unet_weights
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import distill_training as dt
+
+# Four levels with one attention: inductor needs three minutes for these, and many more for whole nets.
+LIGHT = {
+    **UNET_CONFIG,
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif("DISTILL_SD_SLOW" not in os.environ, reason="takes minutes: set DISTILL_SD_SLOW=1 to run it")
+def test_compiled_nets_give_the_same_features_and_gradients() -> None:
+    """With inductor; the hooks are in the graphs, and the second step compiles nothing anew."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("there is no C++ compiler, which inductor needs on a CPU; the next test uses aot_eager")
+    torch.manual_seed(0)
+    teacher, student = UNet2DConditionModel(**LIGHT).requires_grad_(False), UNet2DConditionModel(**LIGHT)
+    names = [f"down_blocks.{i}" for i in range(4)] + [f"up_blocks.{i}" for i in range(4)]
+    taps = [dt.FeatureTap(net, names) for net in (teacher, student)]
+    steps = [(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 16, 16)) for _ in range(2)]
+
+    def run(loss: Any) -> list[torch.Tensor]:
+        seen = []
+        for inputs in steps:
+            student.zero_grad()
+            with torch.no_grad():
+                prediction = teacher(*inputs, return_dict=False)[0]
+            mine = student(*inputs, return_dict=False)[0]
+            features = [tap.pop() for tap in taps]
+            weights = {"output_weight": 0.5, "feature_weight": 0.5}
+            losses = loss(mine, prediction, inputs[0], features[1], features[0], **weights)
+            losses["loss"].backward()
+            seen += [*features[0], *features[1], losses["feature_losses"], *(p.grad for p in student.parameters())]
+        return [tensor.detach().clone() for tensor in seen]
+
+    eager = run(dt.distillation_loss)
+    counter = CompileCounterWithBackend("inductor")
+    for net in (teacher, student):
+        net.compile(dynamic=False, backend=counter)
+    with torch._inductor.config.patch(compile_threads=1):  # its pool of processes does not outlive a test runner's
+        compiled = run(torch.compile(dt.distillation_loss, dynamic=False, backend=counter))
+    assert counter.frame_count == 3  # teacher, student and loss
+    for one, other in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_compiles_in_its_first_step_only(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole `--compile` run at every size that it has, traced and differentiated ahead but not translated."""
+    counter, frames, step = CompileCounterWithBackend("aot_eager"), [], dt.training_step
+
+    def count(*args: Any) -> Any:
+        result = step(*args)
+        frames.append(counter.frame_count)
+        return result
+
+    settings = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "cache_latents": True, "use_ema": True}
+    settings |= {"validation_prompts": ["a red circle"], "validation_steps": 2, "checkpointing_steps": 2}
+    settings |= {"distill_level": "sd_tiny"}
+    train(teacher, shards, tmp_path / "eager", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(dt, "training_step", count)
+        patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+        train(teacher, shards, tmp_path / "compiled", compile=True, **settings)
+    assert frames == [4] * 8  # VAE encoder before the first step; teacher, student and loss in it
+    eager, compiled = (unet_weights(tmp_path / name / "checkpoint-4" / "unet") for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()  # clean names
+    start = dt.build_student(UNet2DConditionModel.from_pretrained(teacher, subfolder="unet"), "sd_tiny").state_dict()
+    moved = sum((eager[name] - start[name]).abs().sum() for name in eager)
+    apart = sum((eager[name] - compiled[name]).abs().sum() for name in eager)
+    assert apart < 0.01 * moved
+    assert DiffusionPipeline.from_pretrained(tmp_path / "compiled").unet.config.layers_per_block == 1
+
+
+def test_hooks_after_the_first_call_would_be_ignored() -> None:
+    """Why the taps are registered before: a compiled net does not look for new hooks."""
+    net = UNet2DConditionModel(**LIGHT)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 16, 16)
+    net.compile(dynamic=False, backend="eager")
+    with torch.no_grad():
+        net(*inputs)
+        late = dt.FeatureTap(net, ["down_blocks.1"])
+        net(*inputs)
+    with pytest.raises(RuntimeError, match="No output was captured from down_blocks.1"):
+        late.pop()
