@@ -595,8 +595,8 @@ def prepare_example(
     except Exception:  # Pillow's plugins raise nearly anything on a broken file
         return BROKEN_IMAGE
     captions = example[columns[1]]
-    captions = [captions] if isinstance(captions, str) else captions
-    captions = [text for text in captions or [] if isinstance(text, str) and text.strip()]
+    captions = captions if isinstance(captions, (list, tuple)) else [captions]
+    captions = [text for text in captions if isinstance(text, str) and text.strip()]
     if not captions:
         return EMPTY_CAPTION
     counts = torch.zeros(4, dtype=torch.int64)
@@ -934,8 +934,8 @@ def load_component(component: type, source: str, flag: str, args: argparse.Names
         if re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
             message += (
                 ". Only safetensors are read; if it has .bin weights and you trust them, convert them once: "
-                f"python -c \"import diffusers; diffusers.DiffusionPipeline.from_pretrained('{source}', "
-                "use_safetensors=False).save_pretrained('converted')\""
+                f"python -c \"import diffusers; diffusers.DiffusionPipeline.from_pretrained('{source}')"
+                ".save_pretrained('converted')\""
             )
         raise UserError(message) from error
     if not issubclass(component, nn.Module):
@@ -1316,8 +1316,15 @@ class StepHealth:
 @contextmanager
 def stop_signals(health: StepHealth) -> Iterator[None]:
     """Take SIGTERM and SIGINT as the wish to save and stop after this step; the second one stops at once."""
+    # torchrun hands on to its processes what they were sent themselves where a whole group is signalled.
+    same_for = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    first = math.inf
 
     def note(number: int, _frame: Any) -> None:
+        nonlocal first
+        first = min(first, time.monotonic())
+        if health.received and time.monotonic() - first < same_for:
+            return
         if health.received:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -1526,11 +1533,11 @@ def is_cut(checkpoint: Path) -> bool:
         return any(checkpoint.iterdir())
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
+def list_checkpoints(output_dir: Path, cut_too: bool = False) -> list[Path]:
     """The whole checkpoints `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
     found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     folders = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-    return [path for _, path in folders if not is_cut(path)]
+    return [path for _, path in folders if cut_too or not is_cut(path)]
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
@@ -2268,11 +2275,11 @@ def output_problems(args: argparse.Namespace) -> list[str]:
         resumed = find_checkpoint(folder, args.resume_from_checkpoint)
     except FileNotFoundError as error:
         return [str(error)]
-    checkpoints = [path for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    checkpoints = list_checkpoints(folder, cut_too=True)
     if resumed is not None and resumed.resolve().parent == folder.resolve():
         return []
     if checkpoints and args.resume_from_checkpoint == "latest":
-        return [f"--output_dir {folder} holds no whole checkpoint, {checkpoints[0].name} is cut: move it away."]
+        return [f"--output_dir {folder} holds no whole checkpoint, {checkpoints[-1].name} is cut: move it away."]
     if checkpoints:
         return [
             f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): go on with "

@@ -103,6 +103,7 @@ BOUNDS: dict[str, tuple[str, list[str], list[str]]] = {
     "adam_weight_decay": AT_LEAST_0_REAL,
     "dataloader_num_workers": AT_LEAST_0,
     "lr_warmup_steps": AT_LEAST_0,
+    "max_bad_steps": AT_LEAST_0,
     "seed": ("from 0 to 4294967295", ["-1"], ["0", "4294967295"]),
     "max_train_samples": AT_LEAST_1,
     "train_batch_size": AT_LEAST_1,
