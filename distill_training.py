@@ -597,6 +597,7 @@ def prepare_example(
     captions = example[columns[1]]
     captions = captions if isinstance(captions, (list, tuple)) else [captions]
     captions = [text for text in captions if isinstance(text, str) and text.strip()]
+    captions = [text.encode("utf-8", "replace").decode() for text in captions]  # half a surrogate pair, from JSON
     if not captions:
         return EMPTY_CAPTION
     counts = torch.zeros(4, dtype=torch.int64)
@@ -761,15 +762,15 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
     """
     if isinstance(dataset, StreamingDataset):  # its order depends on who shares it
         source = " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
-        return f"{source} for {processes} processes with {args.dataloader_num_workers} workers"
+        shared = f"{processes} processes with {args.dataloader_num_workers} workers, {args.train_batch_size} at a time"
+        return f"{source} for {shared}"
     digest = hashlib.blake2b(digest_size=8)
     for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 256)).astype(int).tolist():
         row = dataset.rows[index]
         image, caption = (row[column] for column in dataset.columns)
-        name = Path(image.get("path") or "").name if image else None
-        digest.update(
-            repr((name, hashlib.blake2b(image["bytes"] or b"").digest() if image else None, caption)).encode()
-        )
+        path = Path(image.get("path") or "") if image else Path()
+        content = (image or {}).get("bytes") or (path.read_bytes() if path.is_file() else b"")
+        digest.update(repr((path.name, hashlib.blake2b(content).digest(), caption)).encode())
     if isinstance(dataset.rows, TarShards):
         digest.update(dataset.rows.places[["image_bytes", "caption_bytes"]].tobytes())
     return f"{len(dataset)} samples ({digest.hexdigest()})"
@@ -1214,6 +1215,8 @@ def encode_shards(
                 if not moments.isfinite().all():
                     raise TrainingError(f"The VAE's latents are not finite in {vae.dtype} or float16.")
                 latents = iter(moments.cpu().numpy())
+            if UNREADABLE in rows:  # it may be back tomorrow: nothing to be kept for good
+                raise TrainingError("Images cannot be read (a file is gone): the same command goes on from here.")
             encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
             progress.update(len(rows))
         captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)
@@ -1297,33 +1300,34 @@ class StepHealth:
         numbers = torch.stack([loss.float(), grad_norm.float()])
         flags = torch.cat([(~numbers.isfinite()).float(), torch.tensor(asked, device=numbers.device)])
         loss_is_bad, norm_is_bad, *asked = (flag > 0 for flag in accelerator.reduce(flags).tolist())
-        # With fp16 a gradient norm that overflows is the loss scaler's business.
-        self.bad = loss_is_bad or (norm_is_bad and accelerator.scaler is None)
+        # With fp16 a gradient norm that overflows is the loss scaler's business, as long as it has a way down.
+        scaler = accelerator.scaler
+        self.bad = loss_is_bad or (norm_is_bad and (scaler is None or scaler.get_scale() < 1))
         self.bad_in_a_row = self.bad_in_a_row + 1 if self.bad else 0
         self.skipped_steps += self.bad
         self.stop_signal = next((int(number) for number, flag in zip(STOP_SIGNALS, asked, strict=True) if flag), 0)
-        if not self.bad:
+        sound = not (loss_is_bad or norm_is_bad)
+        if sound:
             self.last_good_checkpoint = self.last_checkpoint
-        return not (loss_is_bad or norm_is_bad)
+        return sound
 
     def goes_on(self) -> str:
         """Where to go on from, for messages."""
-        if self.last_good_checkpoint is None:
-            return "there is no good checkpoint yet"
-        return f"the last good checkpoint is {self.last_good_checkpoint}"
+        good = self.last_good_checkpoint if self.bad_in_a_row else self.last_checkpoint
+        return f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
 
 
 @contextmanager
 def stop_signals(health: StepHealth) -> Iterator[None]:
     """Take SIGTERM and SIGINT as the wish to save and stop after this step; the second one stops at once."""
-    # torchrun hands on to its processes what they were sent themselves where a whole group is signalled.
-    same_for = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    # Where a whole group is signalled, systemd and torchrun send their processes the same signal once more.
+    same_for = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ else 1.0
     first = math.inf
 
     def note(number: int, _frame: Any) -> None:
         nonlocal first
         first = min(first, time.monotonic())
-        if health.received and time.monotonic() - first < same_for:
+        if health.received and number == signal.SIGTERM and time.monotonic() - first < same_for:
             return
         if health.received:
             signal.signal(number, signal.SIG_DFL)
@@ -1360,6 +1364,7 @@ class Distillation:
     settings: Mapping[str, Any] = field(default_factory=dict)  # what decides the weights, see `run_settings`
     health: StepHealth = field(default_factory=StepHealth)
     window_loss: Tensor | float = 0.0  # summed over the micro-batches of this optimiser step
+    accumulation_flag: int = 1  # --gradient_accumulation_steps as given, see `keep_total_batch`
     compiled_loss: Callable | None = None  # `distillation_loss`, with --compile
 
     def metric_names(self) -> list[str]:
@@ -1468,6 +1473,7 @@ class MetricLog:
         self.names = [*names, "grad_norm"]
         self.last: dict[str, float] = {}
         self._pending: list[tuple[int, float, Tensor]] = []
+        self._tracks = True  # a tracker that failed does not come back: TensorBoard's writer is dead after a full disk
 
     def add(self, step: int, learning_rate: float, terms: Tensor, grad_norm: Tensor) -> None:
         """Keep the terms (len(names) - 1,) of optimiser step `step`, averaged over its micro-batches already."""
@@ -1484,8 +1490,11 @@ class MetricLog:
         values = self.accelerator.reduce(torch.stack([terms for _, _, terms in self._pending]), reduction="mean")
         for (step, learning_rate, _), row in zip(self._pending, values.cpu().tolist(), strict=True):
             self.last = dict(zip(self.names, row, strict=True)) | {"lr": learning_rate}
-            with survives(f"Logging step {step}"):
-                self.accelerator.log(self.last, step=step)
+            if self._tracks:
+                with survives(f"Logging step {step}, and with it all that follow,"):
+                    self._tracks = False
+                    self.accelerator.log(self.last, step=step)
+                    self._tracks = True
         self._pending.clear()
         return self.last
 
@@ -1537,7 +1546,8 @@ def list_checkpoints(output_dir: Path, cut_too: bool = False) -> list[Path]:
     """The whole checkpoints `checkpoint-N` in `output_dir`, by rising N; whatever else lies there is ignored."""
     found = [(CHECKPOINT_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     folders = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-    return [path for _, path in folders if cut_too or not is_cut(path)]
+    whole = [path for _, path in folders if cut_too or not is_cut(path)]
+    return [path for path in whole if any(path.iterdir())] or whole  # an empty one is the last that could be meant
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
@@ -1604,7 +1614,12 @@ def put_in_place(new: Path, path: Path, old: Path | None = None) -> None:
         _sync(entry)
     if old is not None and path.exists():
         path.rename(old)
-    new.replace(path)
+    try:
+        new.replace(path)
+    except OSError:
+        if old is not None and old.exists():
+            old.rename(path)
+        raise
     _sync(path.parent)
 
 
@@ -1682,7 +1697,15 @@ def read_trainer_state(checkpoint: Path, args: argparse.Namespace) -> dict[str, 
     """What `save_checkpoint` noted. Raises `UserError` where it is damaged or past --max_train_steps."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text())
-        missing = {"global_step", "samples_seen", "bad_in_a_row", "skipped_steps", "settings", "batch"} - set(state)
+        missing = {
+            "global_step",
+            "samples_seen",
+            "bad_in_a_row",
+            "skipped_steps",
+            "settings",
+            "batch",
+            "accumulation_flag",
+        } - set(state)
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}/{STATE_FILE} cannot be read ({first_line(error)}).") from None
     if missing:
@@ -1701,13 +1724,15 @@ def keep_total_batch(
     """
     batch, total = [args.train_batch_size, accelerator.num_processes], state["settings"]["images per optimiser step"]
     if batch == state["batch"]:
+        if args.gradient_accumulation_steps == state["accumulation_flag"]:  # the same command, adjusted once before
+            args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = total // math.prod(batch)
         return
     if total % math.prod(batch) == 0:
         args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = total // math.prod(batch)
         logger.warning(
             f"{checkpoint} was made on {state['batch'][1]} processes with --train_batch_size {state['batch'][0]}; on "
             f"{batch[1]} with {batch[0]}, --gradient_accumulation_steps is now {args.gradient_accumulation_steps}, so "
-            f"that a step keeps its {total} images in the same order. The noise is another."
+            f"that a step keeps its {total} images in the same order (but for a stream). The noise is another."
         )
     elif not args.allow_changed_settings:
         raise UserError(
@@ -1743,6 +1768,7 @@ def save_checkpoint(run: Distillation, step: int, samples_seen: int) -> Path | N
         "skipped_steps": health.skipped_steps,
         "max_train_steps": args.max_train_steps,
         "batch": [args.train_batch_size, accelerator.num_processes],
+        "accumulation_flag": run.accumulation_flag,
         "settings": run.settings,
     }
 
@@ -1766,10 +1792,12 @@ def save_checkpoint(run: Distillation, step: int, samples_seen: int) -> Path | N
             part()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors do not raise OSError
             problem = error
-            logger.warning(f"Process {accelerator.process_index}: {first_line(error)}", main_process_only=False)
+            if not accelerator.is_main_process:
+                logger.warning(f"Saving failed here: {first_line(error)}", main_process_only=False)
         if any_process(accelerator, problem is not None):
             logger.warning(
-                f"{path} could not be saved: training goes on, and the next interval tries again; {health.goes_on()}."
+                f"{path} could not be saved ({first_line(problem) if problem else 'in another process'}; is the disk "
+                f"full?): training goes on, and the next interval tries again; {health.goes_on()}."
             )
             if accelerator.is_main_process:
                 with survives("Removing what was written of it"):
@@ -1879,7 +1907,7 @@ def make_teacher_images(run: Distillation, tokenizer: CLIPTokenizer) -> list[Ima
     """The teacher's pictures of the validation prompts; none where it is not loaded. They do not change in a run."""
     images: list[Image.Image] = []
     if run.args.validation_prompts and run.teacher_unet is not None and run.accelerator.is_main_process:
-        with making_pictures(run):
+        with survives("Painting the teacher's pictures"), making_pictures(run):
             images = generate_images(run.vae, run.text_encoder, tokenizer, run.teacher_unet, run.args, run.accelerator)
     return images
 
@@ -1892,7 +1920,7 @@ def validate(run: Distillation, tokenizer: CLIPTokenizer, teacher_images: Sequen
             ema_unet.store(run.unet.parameters())
             ema_unet.copy_to(run.unet.parameters())
         run.unet.eval()
-        with making_pictures(run), survives("Validation"):
+        with survives("Validation"), making_pictures(run):
             log_validation(
                 run.vae,
                 run.text_encoder,
@@ -1916,9 +1944,9 @@ def making_pictures(run: Distillation) -> Iterator[None]:
     taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap is not None]
     for tap in taps:
         tap.enabled = False
-    run.health.making_pictures = True
-    run.vae.to(run.accelerator.device)  # with cached latents it is not there
     try:
+        run.health.making_pictures = True
+        run.vae.to(run.accelerator.device)  # with cached latents it is not there
         with torch.compiler.set_stance("force_eager"):  # other shapes: minutes of compiling for a picture
             yield
     except PicturesInterrupted:
@@ -2343,6 +2371,10 @@ def use_channels_last(device: torch.device, dtype: torch.dtype, compiled: bool) 
     return compiled if device.type == "cuda" else dtype == torch.bfloat16
 
 
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}  # no versions, no paths
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -2469,6 +2501,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     if args.seed is None:
         args.seed = broadcast_object_list([saved_settings.get("seed", secrets.randbelow(2**31))])[0]
         logger.info(f"Seed {args.seed} (as in the checkpoint)" if state else f"Seed {args.seed} (drawn)")
+    accumulation_flag = args.gradient_accumulation_steps
     if checkpoint is not None:
         keep_total_batch(checkpoint, state, args, accelerator)
     settings = run_settings(args, accelerator)
@@ -2515,6 +2548,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     contents = {"data": data_fingerprint(dataset, args, accelerator.num_processes)}
     for name, model in {"U-Net": teacher_unet, "VAE": vae, "text encoder": text_encoder}.items():
         contents |= {f"teacher's {name}": weights_hash(model)} if model is not None else {}
+    configs = [sorted(public_config(part).items()) for part in (teacher_config, vae.config, noise_scheduler.config)]
+    contents["teacher's configs"] = hashlib.blake2b(repr(configs).encode(), digest_size=8).hexdigest()
     check_unchanged(checkpoint, saved_settings, contents, args)
 
     # 4. Freeze, cast and place all but the student. They stay unprepared: accelerate would checkpoint them over it.
@@ -2554,6 +2589,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     learning_rate = args.learning_rate * (total_batch if args.scale_lr else 1)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
+    if state and state["global_step"] > args.max_train_steps:
+        raise UserError(f"{checkpoint} is already past --num_train_epochs {args.num_train_epochs}.")
     optimizer = make_optimizer(args, unet, learning_rate)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -2615,6 +2652,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         lr_scheduler=lr_scheduler,
         ema_unet=ema_unet,
         settings=settings | contents,
+        accumulation_flag=accumulation_flag,
         health=StepHealth(
             bad_in_a_row=state.get("bad_in_a_row", 0),
             skipped_steps=state.get("skipped_steps", 0),
@@ -2669,6 +2707,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
                 ema_unet.copy_to(student.parameters())
             try:
                 save_pipeline(args, student)
+            except TrainingError:
+                raise
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise TrainingError(
                     f"The pipeline cannot be saved in {output_dir} ({first_line(error)}); {run.health.goes_on()}."
@@ -2706,7 +2746,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             **{name: f"{value:.6g}" for name, value in last.items()},
             "Steps per second": f"{steps_per_second:.3f} ({steps_per_second * total_batch:.2f} images per second)",
             "Peak memory": peak_memory(accelerator.device),
-            "Samples replaced": describe_counts(counts),
+            "Samples replaced": describe_counts(counts) + (f" (since step {global_step})" if checkpoint else ""),
             "Steps skipped": run.health.skipped_steps,
             "Output": f"{output_dir}, loaded back and equal to what was trained",
         }

@@ -19,17 +19,26 @@ META = torch.device("meta")
 PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
 
 
-def run_benchmark(what: str, folder: Path, *flags: str) -> dict:
-    line = [what, "--toy", "--device", "cpu", "--threads", "1", "--rounds", "2", "--output_dir", str(folder), *flags]
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `benchmark.py all --toy` writes."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    line = ["all", "--toy", "--device", "cpu", "--threads", "1", "--rounds", "2", "--output_dir", str(folder)]
+    line += ["--level", "sd_tiny", "--precision", "no", "bf16"]
     done = subprocess.run(
-        [sys.executable, "tests/benchmark.py", *line], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "tests/benchmark.py", *line], cwd=ROOT, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def read_benchmark(what: str, folder: Path) -> dict:
     record = json.loads((folder / f"{what}.json").read_text())
     text = (folder / f"{what}.md").read_text()
-    for fact in (f"python tests/benchmark.py {what} --toy", torch.__version__, record["date"], record["device"]):
+    for fact in ("python tests/benchmark.py all --toy", torch.__version__, record["date"], record["device"]):
         assert fact in text
-    assert "1 threads" in text and text in done.stdout
+    assert "1 threads" in text and text in (folder / "stdout").read_text()
     image = Image.open(folder / f"{what}.png")
     assert image.width == 1000 and len(image.getcolors(100_000)) > 2
     return record
@@ -40,8 +49,8 @@ def real_parts() -> dict:
     return benchmark.make_parts(False, META)
 
 
-def test_training(tmp_path: Path) -> None:
-    record = run_benchmark("training", tmp_path, "--level", "sd_tiny", "--precision", "no", "bf16")
+def test_training(everything: Path) -> None:
+    record = read_benchmark("training", everything)
     plain, half = record["results"]
     assert (plain["precision"], half["precision"]) == ("no", "bf16")
     assert {"floor", "cached", "floor with VAE", "shards", "plain"} == plain["variants"].keys()
@@ -63,12 +72,12 @@ def test_training(tmp_path: Path) -> None:
                 ratio = result["ratios"][name]
                 assert ratio["pairs"] == pytest.approx(expected)
                 assert ratio["min"] == min(ratio["pairs"]) <= ratio["median"] <= ratio["max"] == max(ratio["pairs"])
-    text = (tmp_path / "training.md").read_text()
+    text = (everything / "training.md").read_text()
     assert benchmark.show_ratio(half["ratios"]["shards / floor with VAE"]) in text
 
 
-def test_inference(tmp_path: Path) -> None:
-    record = run_benchmark("inference", tmp_path)
+def test_inference(everything: Path) -> None:
+    record = read_benchmark("inference", everything)
     assert list(record["models"]) == list(PUBLISHED)
     for model in record["models"].values():
         assert 0 < model["macs_conv_linear"] < model["macs_with_attention"]
@@ -78,15 +87,15 @@ def test_inference(tmp_path: Path) -> None:
             assert model[key]["times_as_fast_as_teacher"]["pairs"] == pytest.approx(pairs)
 
 
-def test_memory(tmp_path: Path) -> None:
-    record = run_benchmark("memory", tmp_path)
+def test_memory(everything: Path) -> None:
+    record = read_benchmark("memory", everything)
     assert len(record["rows"]) == len(benchmark.MEMORY_SETTINGS)
     assert {row["measured"] for row in record["rows"]} == {"not measured"}
-    assert (tmp_path / "memory.md").read_text().count("not measured |") == len(record["rows"])
+    assert (everything / "memory.md").read_text().count("not measured |") == len(record["rows"])
 
 
-def test_growth(tmp_path: Path) -> None:
-    record = run_benchmark("growth", tmp_path)
+def test_growth(everything: Path) -> None:
+    record = read_benchmark("growth", everything)
     assert {row["samples"] for row in record["starts"]} == {20, 40}
     assert all(len(rates) == 1 and rates[0] > 0 for rates in record["steps_per_second"].values())
     assert list(record["steps_per_second"]) == ["1", "2"]
