@@ -1216,7 +1216,10 @@ def encode_shards(
                     raise TrainingError(f"The VAE's latents are not finite in {vae.dtype} or float16.")
                 latents = iter(moments.cpu().numpy())
             if UNREADABLE in rows:  # it may be back tomorrow: nothing to be kept for good
-                raise TrainingError("Images cannot be read (a file is gone): the same command goes on from here.")
+                raise TrainingError(
+                    "Images cannot be read (their file is gone or out of reach): put that right, then the same "
+                    "command goes on."
+                )
             encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
             progress.update(len(rows))
         captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import distill_training as dt
 
+pytestmark = pytest.mark.xdist_group("benchmark")  # one process for all, which share what one run writes
 META = torch.device("meta")
 PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
 
@@ -36,7 +37,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_benchmark(what: str, folder: Path) -> dict:
     record = json.loads((folder / f"{what}.json").read_text())
     text = (folder / f"{what}.md").read_text()
-    for fact in ("python tests/benchmark.py all --toy", torch.__version__, record["date"], record["device"]):
+    for fact in (f"python tests/benchmark.py {what} --toy", torch.__version__, record["date"], record["device"]):
         assert fact in text
     assert "1 threads" in text and text in (folder / "stdout").read_text()
     image = Image.open(folder / f"{what}.png")

@@ -237,7 +237,6 @@ def test_unusable_rows_are_replaced_as_without_it(
     rows = [{"image": {"bytes": png(i), "path": None}, "text": f"{'abcdefghij'[i]} x"} for i in range(10)]
     rows[1]["image"] = {"bytes": b"no picture", "path": None}
     rows[4]["text"] = " "
-    rows[6]["image"] = {"bytes": None, "path": str(tmp_path / "gone.png")}
     rows[8]["image"] = {"bytes": png(8, side=8), "path": None}
     args = cache_args(teacher, folder, tmp_path, train_batch_size=3)
     preparation = {"transform": dt.image_transforms(SIDE, True, False), "tokenizer": make_tokenizer()}
@@ -252,12 +251,28 @@ def test_unusable_rows_are_replaced_as_without_it(
         assert_latents_of(found, expected["pixel_values"], vae)
     counts = sum(batch["counts"] for batch in batches_of(dataset, args, 20))
     assert torch.equal(counts, sum(batch["counts"] for batch in batches_of(uncached, args, 20)))
-    assert all(counts > 0)
+    assert [bool(count) for count in counts] == [True, True, False, True]
     with pytest.raises(dt.UserError, match="None of the 1 training samples can be used: 1 with a broken image"):
         bad = dt.DistillationDataset(
             datasets.Dataset.from_list(rows[1:2]), ("image", "text"), 3, proportion_empty_prompts=0.0, **preparation
         )
         cached(args, vae, bad)[0]
+
+
+def test_what_cannot_be_read_now_is_not_left_out_for_good(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
+) -> None:
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / f"{i}.png")}, "text": "a x"} for i in range(3)]
+    for number in (0, 2):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    args = cache_args(teacher, folder, tmp_path)
+    preparation = {"transform": dt.image_transforms(SIDE, True, False), "tokenizer": make_tokenizer()}
+    table = datasets.Dataset.from_list(rows)
+    uncached = dt.DistillationDataset(table, ("image", "text"), 3, proportion_empty_prompts=0.0, **preparation)
+    with pytest.raises(dt.TrainingError, match="Images cannot be read"):
+        cached(args, vae, uncached)
+    (tmp_path / "1.png").write_bytes(png(1))
+    assert cached(args, vae, uncached)[1]["counts"].sum() == 0
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -337,6 +337,9 @@ def test_another_number_of_processes_goes_on_with_the_same_data(
     log = ends_well(run("wide", 1, 2, tmp_path / "alone" / "checkpoint-1", train_batch_size=4))
     assert "--gradient_accumulation_steps is now 1" in log
     assert samples_seen(tmp_path / "wide.seen") == alone[4:8]
+    # The same command once more, as a scheduler restarts it: adjusted again, and nothing to complain of.
+    ends_well(run("wider", 1, 3, tmp_path / "wide" / "checkpoint-2", train_batch_size=4))
+    assert samples_seen(tmp_path / "wider.seen") == alone[8:]
     # Four images a step cannot be had from two processes with three each.
     impossible = run("impossible", 2, 3, tmp_path / "alone" / "checkpoint-1", train_batch_size=3)
     assert impossible.wait() == [2, 2]
