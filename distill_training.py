@@ -695,7 +695,7 @@ class StreamingDataset(IterableDataset):
             order = derived_seed(self.seed, "order", epoch) % 2**32
             rows = self.rows.shuffle(seed=order) if self.shuffled else self.rows
             position = -1
-            for position, row in enumerate(rows):
+            for position, row in enumerate(self._read(rows)):
                 if to_skip > 0:
                     to_skip -= 1
                     continue
@@ -715,6 +715,14 @@ class StreamingDataset(IterableDataset):
             if vacant > position:
                 raise UserError(f"No sample of the stream can be used: {describe_counts(counts)}.")
             epoch += 1
+
+    @staticmethod
+    def _read(rows: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from rows
+        except Exception as error:  # the network is gone for longer than is tried again, a file is damaged, ...
+            message = f"The stream broke off ({first_line(error)}): go on with --resume_from_checkpoint latest."
+            raise UserError(message) from error
 
 
 class SeededBatches(Sampler[list[tuple[int, int]]]):

@@ -8,8 +8,10 @@ import json
 import random
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -438,3 +440,18 @@ def test_a_stream_is_shared_out(tmp_path: Path, teacher: Path, table: Path, rank
         batches = dt.make_dataloader(dataset, args, accelerator, 0)
         pictures += [batch["pixel_values"] for batch in itertools.islice(batches, 12 // ranks)]
     assert len({picture.numpy().tobytes() for picture in pictures}) == 12
+
+
+def test_a_stream_that_breaks_off_is_one_sentence() -> None:
+    picture, caption = toy_pictures(1)[0]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"image": {"bytes": picture, "path": None}, "text": caption}
+        raise OSError("connection reset")
+
+    preparation = {"transform": dt.image_transforms(64, True, False), "tokenizer": make_tokenizer()}
+    stream = datasets.IterableDataset.from_generator(rows)
+    dataset = iter(dt.StreamingDataset(stream, ("image", "text"), 3, 0, proportion_empty_prompts=0.0, **preparation))
+    assert next(dataset)["pixel_values"].shape == (3, 64, 64)
+    with pytest.raises(dt.UserError, match=r"The stream broke off \(.*\): go on with --resume_from_checkpoint latest"):
+        next(dataset)
