@@ -1097,9 +1097,7 @@ class LatentShards(Sequence):
         try:
             with open(partial, "wb") as file:
                 np.save(file, records, allow_pickle=False)
-            _sync(partial)
-            partial.replace(self.path(shard))
-            _sync(self.folder)
+            put_in_place(partial, self.path(shard))
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise TrainingError(
@@ -1156,7 +1154,7 @@ def cache_settings(dataset: DistillationDataset, vae: AutoencoderKL, args: argpa
         "format": 1,
         "rows_per_shard": LATENTS_PER_SHARD,
         "vae": weights_hash(vae),
-        "vae_config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+        "vae_config": public_config(vae.config),
         "dtype": str(vae.dtype),
         **{name: getattr(args, name) for name in ("resolution", "image_interpolation_mode", "random_flip")},
         "crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}",
@@ -2378,7 +2376,7 @@ def load_unets(
 
 
 def use_channels_last(device: torch.device, dtype: torch.dtype, compiled: bool) -> bool:
-    """Whether the nets are faster with channels last: measured with `tests/benchmark.py`'s nets, see the README."""
+    """Whether the nets are faster with channels last: on a GPU only when compiled, on a CPU only in bf16."""
     return compiled if device.type == "cuda" else dtype == torch.bfloat16
 
 
