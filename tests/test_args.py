@@ -4,11 +4,9 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from conftest import SCRIPT, make_pipeline, run_script, toy_pictures, write_imagefolder
 from torchvision.transforms import InterpolationMode
@@ -242,16 +240,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, teacher: Path, shards: Path)
     installed = [str(tracker) for tracker in get_available_trackers()]
     tracker = next(name for name in LOGGER_TYPE_TO_CLASS if name not in installed)
     return {"root": str(root), "teacher": str(teacher), "shards": str(shards), "tracker": tracker}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of a process's first accelerator for good."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def snapshot(*folders: str | Path) -> dict[Path, bytes | None]:

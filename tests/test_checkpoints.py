@@ -3,13 +3,11 @@
 import ast
 import re
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import UNET_CONFIG
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -106,12 +104,8 @@ def test_prune_keeps_the_newest_and_all_strangers(output_dir: Path) -> None:
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 def toy_student(seed: int) -> UNet2DConditionModel:

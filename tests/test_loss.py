@@ -1,14 +1,12 @@
 """The loss terms by hand-computed numbers, where their gradients go, and how block outputs are captured."""
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import UNET_CONFIG
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
@@ -311,13 +309,8 @@ class RecordingScheduler(DDPMScheduler):
 
 
 @pytest.fixture
-def bf16_accelerator() -> Iterator[Accelerator]:
-    """The process's only one: accelerate keeps the precision of the first for good."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield Accelerator(mixed_precision="bf16", cpu=True)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+def bf16_accelerator() -> Accelerator:
+    return Accelerator(mixed_precision="bf16", cpu=True)
 
 
 def test_training_step_in_bf16(teacher: Path, shards: Path, bf16_accelerator: Accelerator) -> None:
