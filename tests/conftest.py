@@ -13,6 +13,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
@@ -22,6 +23,7 @@ from servers import data_folder, hub_server, image_server  # noqa: E402, F401  (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 torch.set_num_threads(1)
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds; a shuffled stream sleeps 5 after every epoch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "distill_training.py"

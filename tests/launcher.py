@@ -167,11 +167,13 @@ def run_child(child: dict[str, Any], group: int) -> NoReturn:
 def serve() -> None:
     """Fork a child for every request, until the tests close the pipe."""
     sys.path[:0] = [str(ROOT)]
+    import datasets
     import torch
 
     import distill_training  # noqa: F401  (what takes so long)
 
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # as in conftest.py
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     codes: dict[int, int | None] = {}
