@@ -1450,9 +1450,9 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
             if sound or accelerator.scaler is not None:  # the scaler skips by itself, and must see why
                 run.optimizer.step()
             run.lr_scheduler.step()
+            run.optimizer.zero_grad(set_to_none=True)  # before the average, which takes the memory that this frees
             if sound and run.ema_unet is not None:
                 update_ema(run.ema_unet, run.unet)
-        run.optimizer.zero_grad(set_to_none=True)
     scalars = torch.stack([losses[name] for name in ("loss", "task_loss", "output_loss", "feature_loss")])
     return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
 
@@ -1586,9 +1586,7 @@ def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint or what was left of one, so that a kill on the way leaves nothing that looks whole."""
     if CHECKPOINT_NAME.fullmatch(path.name):
         path = path.rename(path.with_name(f".{path.name}.removed"))
-    for entry in sorted(
-        path.iterdir(), key=lambda entry: entry.name == STATE_FILE
-    ):  # what shows that it is ours: last
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == STATE_FILE):  # last what shows that it is ours
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     path.rmdir()
 
@@ -1820,6 +1818,32 @@ def save_checkpoint(run: Distillation, step: int, samples_seen: int) -> Path | N
     accelerator.wait_for_everyone()
     health.last_checkpoint = path
     return path
+
+
+def load_checkpoint(run: Distillation, checkpoint: Path, state: Mapping[str, Any], learning_rate: float) -> None:
+    """Put `run` where `checkpoint` left off; learning rate, betas and so on are what the flags now say.
+
+    `state` is `read_trainer_state`'s. To be called by every process. Raises `UserError` where it is damaged.
+    """
+    args, optimizer, lr_scheduler = run.args, run.optimizer, run.lr_scheduler
+    flags_say = [dict(group, params=None) for group in optimizer.param_groups]
+    try:
+        run.accelerator.load_state(str(checkpoint))
+    except Exception as error:  # damaged, or pickled with more than tensors and numbers in it
+        raise UserError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
+    run.accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
+    for group, wanted in zip(optimizer.param_groups, flags_say, strict=True):
+        group.update({key: value for key, value in wanted.items() if key != "params"})
+    lr_scheduler.scheduler.base_lrs = [learning_rate]  # the schedule is a function of the step alone
+    lr_scheduler.scheduler.last_epoch = state["global_step"] - 1
+    lr_scheduler.scheduler.step()
+    if args.max_train_steps != state.get("max_train_steps") and not args.lr_scheduler.startswith("constant"):
+        logger.warning(
+            f"--lr_scheduler {args.lr_scheduler} now ends at step {args.max_train_steps} instead of "
+            f"{state.get('max_train_steps')}: the learning rate is another from here on."
+        )
+    if list_checkpoints(args.output_dir)[-1:] not in ([], [checkpoint]):
+        logger.warning(f"{args.output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
 
 
 def total_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -2625,27 +2649,6 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     save_hook, load_hook = checkpoint_hooks(accelerator, ema_unet)
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
-    global_step, samples_seen = state.get("global_step", 0), state.get("samples_seen", 0)
-    if checkpoint is not None:
-        flags_say = [dict(group, params=None) for group in optimizer.param_groups]
-        try:
-            accelerator.load_state(str(checkpoint))
-        except Exception as error:  # damaged, or pickled with more than tensors and numbers in it
-            raise UserError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
-        accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
-        # Learning rate, betas and so on as the flags have them now; the schedule is a function of the step alone.
-        for group, wanted in zip(optimizer.param_groups, flags_say, strict=True):
-            group.update({key: value for key, value in wanted.items() if key != "params"})
-        lr_scheduler.scheduler.base_lrs = [learning_rate]
-        lr_scheduler.scheduler.last_epoch = global_step - 1
-        lr_scheduler.scheduler.step()
-        if args.max_train_steps != state.get("max_train_steps") and not args.lr_scheduler.startswith("constant"):
-            logger.warning(
-                f"--lr_scheduler {args.lr_scheduler} now ends at step {args.max_train_steps} instead of "
-                f"{state.get('max_train_steps')}: the learning rate is another from here on."
-            )
-        if list_checkpoints(output_dir)[-1:] not in ([], [checkpoint]):
-            logger.warning(f"{output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
     run = Distillation(
         args=args,
         accelerator=accelerator,
@@ -2669,6 +2672,9 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         ),
         compiled_loss=torch.compile(distillation_loss, dynamic=False) if args.compile else None,
     )
+    global_step, samples_seen = state.get("global_step", 0), state.get("samples_seen", 0)
+    if checkpoint is not None:
+        load_checkpoint(run, checkpoint, state, learning_rate)
 
     # 9. Say what is about to happen, and write down the settings.
     logger.info("***** Running training *****")

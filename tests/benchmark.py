@@ -398,10 +398,14 @@ def floor_step(run: dt.Distillation, optimizer: torch.optim.Optimizer, ready: Ma
     optimizer.zero_grad(set_to_none=True)
 
 
+@torch.compiler.set_stance("force_eager")
 def plain_step(
     run: dt.Distillation, optimizer: torch.optim.Optimizer, batches: Iterator[Mapping[str, Tensor]], half: bool
 ) -> None:
-    """A step as other trainers write it, eager; with `half`, student and teacher run under bf16 autocast."""
+    """A step as other trainers write it, eager; with `half`, student and teacher run under bf16 autocast.
+
+    All networks keep the memory format that is the trainer's choice.
+    """
     device, weight_dtype, batch = run.accelerator.device, next(run.vae.parameters()).dtype, next(batches)
     student = getattr(run.unet, "_original_forward", run.unet.forward)  # without accelerate's own autocast
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -412,11 +416,10 @@ def plain_step(
     noise = torch.randn_like(latents)
     timesteps = torch.randint(0, run.noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=device)
     noisy = run.noise_scheduler.add_noise(latents, noise, timesteps)
-    with torch.compiler.set_stance("force_eager"):
-        with autocast:
-            student_pred = student(noisy, timesteps, text, return_dict=False)[0]
-        with torch.no_grad(), autocast:
-            teacher_pred = run.teacher_unet(noisy, timesteps, text, return_dict=False)[0]
+    with autocast:
+        student_pred = student(noisy, timesteps, text, return_dict=False)[0]
+    with torch.no_grad(), autocast:
+        teacher_pred = run.teacher_unet(noisy, timesteps, text, return_dict=False)[0]
     task = F.mse_loss(student_pred.float(), noise.float())
     output = F.mse_loss(student_pred.float(), teacher_pred.float())
     pairs = zip(run.student_tap.pop(), run.teacher_tap.pop(), strict=True)
@@ -458,7 +461,7 @@ def training_variants(
     count = 8 * args.dataloader_num_workers or 2
     loader_rate = args.train_batch_size / timed_block(lambda: next(batches), count, device)[0]
     half = run.weight_dtype is torch.bfloat16
-    run.vae.to(device)
+    place(run, run.weight_dtype, run.weight_dtype, vae=True, fused=True)  # as a batch size before may not have left it
     with torch.no_grad():
         pixels = first["pixel_values"].to(device, run.weight_dtype)
         latents = run.vae.encode(pixels).latent_dist.mode().float() * run.vae.config.scaling_factor
@@ -690,6 +693,7 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
         f"GFLOP per image at {record['resolution']} px (two for each multiply-accumulate):",
         table(["student", *parts], [[k, *(f"{v[part] / 1e9:.1f}" for part in parts)] for k, v in flops.items()]),
         "\n".join(notes),
+        "The steps keep no moving average and write to no tracker.",
     ]
     return "\n\n".join(sections), bars
 
@@ -701,7 +705,8 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
 def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]:
     device, block = args.device, args.steps_per_block or (1 if args.device.type == "cpu" else 10)
     precision = (args.precision or ["no" if device.type == "cpu" else "bf16"])[0]
-    dtype, rounds, pipeline_rounds = dt.WEIGHT_DTYPES[precision], args.rounds, min(args.rounds, 3)
+    dtype, rounds = dt.WEIGHT_DTYPES[precision], args.rounds
+    pipeline_rounds = 1 if device.type == "cpu" else min(rounds, 3)  # minutes each, on a CPU
     meta = make_parts(args.toy, torch.device("meta"))
     inputs = meta_inputs(meta, args.resolution)
     sample = [inputs[name] for name in ("latents", "timesteps", "text")]
@@ -713,7 +718,7 @@ def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]
         models[name] = {"parameters": dt.count_parameters(unet), "macs_conv_linear": layers // 2}
         models[name] |= {"macs_with_attention": sum(flops.values()) // 2}
     work = sum(model["macs_with_attention"] * 2 for model in models.values())
-    passes = 3 * (rounds + 1) * block + (2 * args.pipeline_steps + 4) * (pipeline_rounds + 1)
+    passes = 3 * (rounds + 1) * block + 6 + (2 * args.pipeline_steps + 4) * pipeline_rounds
     print(
         f"U-Nets of the teacher and {len(models) - 1} students at {args.resolution} px, {rounds} rounds, and pictures "
         f"in {args.pipeline_steps} steps: roughly {work * passes / matmul_peak(device, dtype) / 0.6 / 60:.0f} minutes."
@@ -741,7 +746,8 @@ def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]
         working = {}
         with torch.no_grad():
             for name, call in variants.items():  # which warms up, too
-                before, peak = resident(device), timed_block(call, 1, device)[1]
+                once = functools.partial(call, num_inference_steps=1) if key == "pipeline" else call
+                before, peak = resident(device), timed_block(once, 1, device)[1]
                 working[name] = max(peak - before, 0) if peak and before else None
             turns = pipeline_rounds if key == "pipeline" else rounds
             measured = take_turns(
@@ -789,8 +795,8 @@ def inference_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, fl
         fewer = models["teacher"]["macs_with_attention"] / models[name]["macs_with_attention"]
         work.append(f"`{name}` {fewer:.2f}x")
     note = (
-        f"x: the teacher's time divided by this one's, median of {record['rounds']} rounds "
-        f"({record['pipeline_rounds']} for pictures). U-Net, batch 1, with its spread: {', '.join(spreads)}; by MACs "
+        f"x: the teacher's time divided by this one's, median of {record['rounds']} rounds (for pictures: "
+        f"{record['pipeline_rounds']}). U-Net, batch 1, with its spread: {', '.join(spreads)}; by MACs "
         f"with attention: {', '.join(work)}. Memory: weights and what is used on top of them; a picture needs "
         "guidance (batch 2), the VAE and the text encoder."
     )
@@ -905,8 +911,9 @@ def estimate_memory(settings: MemorySettings, parts: Mapping[str, Any], resoluti
         "VAE, bf16": 0 if settings.cached else 2 * dt.count_parameters(parts["vae"]),
         "student's bf16 copies": kept[0] - per_image,
     }
-    visiting = 4 * student if settings.ema == "offloaded" else 0  # while it is updated, when activations are gone
-    total = sum(fixed.values()) + max(settings.batch_size * per_image, visiting)
+    # The average is updated when gradients and activations are gone, by way of a copy; an offloaded one comes along.
+    update = {"none": 0, "on the device": 4, "offloaded": 8}[settings.ema] * student - fixed["gradients"]
+    total = sum(fixed.values()) + max(settings.batch_size * per_image, update)
     return {"fixed": fixed, "fixed_bytes": sum(fixed.values()), "image_bytes": per_image, "total_bytes": total}
 
 
@@ -924,11 +931,6 @@ def measured_memory(
     flags |= {"use_ema": settings.ema != "none", "offload_ema": settings.ema == "offloaded"}
     run = make_run(parts, trainer_args(shards, args.resolution, **flags), device)
     dataset = dt.make_train_dataset(run.args, parts["tokenizer"], run.accelerator)
-    if settings.cached:
-        batches = cached_batches(run, dataset, run.args)
-        run.vae.to("cpu")
-    else:
-        batches = dt.make_dataloader(dataset, run.args, run.accelerator, 0)
     gc.collect()
     torch.cuda.empty_cache()
     limit = settings.card * GIB - CONTEXT_BYTES
@@ -936,6 +938,11 @@ def measured_memory(
     steps = itertools.count()
     result: dict[str, Any] | str = "out of memory"
     with contextlib.suppress(torch.OutOfMemoryError):
+        if settings.cached:  # the encoding has to fit, too
+            batches = cached_batches(run, dataset, run.args)
+            run.vae.to("cpu")
+        else:
+            batches = dt.make_dataloader(dataset, run.args, run.accelerator, 0)
         batch = next(batches)
         peak = timed_block(lambda: dt.training_step(run, batch, next(steps)), 3, device)[1]
         result = {"peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(), "limit_bytes": limit}
@@ -1204,7 +1211,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     flag("--rounds", type=int, default=7, help="How often all variants take their turn.")
     flag("--steps_per_block", type=int, help="Steps of one turn; default: 1 on a CPU, up to 10 on a GPU.")
-    flag("--pipeline_steps", type=int, help="Steps of a picture; default: 25, on a CPU 2.")
+    flag("--pipeline_steps", type=int, default=25, help="Steps of a picture.")
     flag("--dataloader_num_workers", type=int, help="The trainer's; default: 0 on a CPU, 8 on a GPU.")
     flag("--compile", action="store_true", help="Compile teacher and student, for the floor too.")
     flag("--profile", action="store_true", help="Show where the GPU's time goes in a step on cached latents.")
@@ -1216,7 +1223,6 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = {
         "resolution": 64 if args.toy else large,
         "batch_size": [2] if args.toy else [4, 1] if on_cpu else None,
-        "pipeline_steps": 2 if on_cpu else 25,
         "dataloader_num_workers": 0 if on_cpu else 8,
     }
     for name, value in defaults.items():

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -476,40 +477,43 @@ def assert_refused(code: object, stderr: str) -> str:
     return sentence
 
 
-def refused_run(world: dict[str, str], tmp_path: Path, flags: list[str], **environment: str) -> str:
-    """The one sentence of `python distill_training.py`, which must leave everything as it was."""
-    before = snapshot(tmp_path, world["teacher"], world["shards"])
-    line = command_line(world, ["--output_dir", str(tmp_path / "output"), "--resolution", "64", *flags], [])
-    process = run_script(*line, **environment)
-    sentence = assert_refused(process.returncode, process.stderr)
-    after = snapshot(tmp_path, world["teacher"], world["shards"])
-    assert {path: data for path, data in after.items() if tmp_path / "cache" not in (path, *path.parents)} == before
-    return sentence
-
-
 def test_hub_name_without_network(world: dict[str, str], tmp_path: Path) -> None:
-    flags = ["--pretrained_model_name_or_path", "someone/absent", "--train_data_dir", "{shards}"]
-    sentence = refused_run(world, tmp_path, flags, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    before = snapshot(tmp_path, world["teacher"], world["shards"])
+    flags = ["--pretrained_model_name_or_path", "someone/absent", "--train_data_dir", world["shards"]]
+    flags += ["--resolution", "64", "--output_dir", str(tmp_path / "output")]
+    process = run_script(*flags, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    sentence = assert_refused(process.returncode, process.stderr)
+    assert snapshot(tmp_path, world["teacher"], world["shards"]) == before
     assert sentence.startswith("--pretrained_model_name_or_path someone/absent cannot be loaded")
     assert "the hub does not have it or is out of reach" in sentence
 
 
-def test_fp16_on_a_cpu(
+@pytest.fixture
+def refused_run(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+) -> Callable[..., str]:
     """The script's own last lines run in this process, which saves the seconds of another start."""
-    flags = ["--mixed_precision", "fp16", "--resolution", "64", "--output_dir", str(tmp_path / "output")]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line(world, flags)])
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    sentence = assert_refused(stopped.value.code, capsys.readouterr().err)
+
+    def run(flags: list[str], data: list[str] = DATA) -> str:
+        flags = [*flags, "--resolution", "64", "--output_dir", str(tmp_path / "output")]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line(world, flags, data)])
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert not (tmp_path / "output").exists()
+        return assert_refused(stopped.value.code, capsys.readouterr().err)
+
+    return run
+
+
+def test_fp16_on_a_cpu(refused_run: Callable[..., str], tmp_path: Path) -> None:
+    sentence = refused_run(["--mixed_precision", "fp16"])
     assert sentence == "--mixed_precision fp16 needs a GPU: choose bf16 or no on a CPU."
     assert not any(tmp_path.iterdir())
 
 
-def test_image_column_that_is_not_there(world: dict[str, str], tmp_path: Path) -> None:
+def test_image_column_that_is_not_there(refused_run: Callable[..., str], tmp_path: Path) -> None:
     folder = write_imagefolder(tmp_path / "pictures", toy_pictures(2))
-    flags = ["--train_data_dir", str(folder), "--image_column", "picture", "--cache_dir", str(tmp_path / "cache")]
-    sentence = refused_run(world, tmp_path, flags)
+    data = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
+    sentence = refused_run(["--image_column", "picture"], data)
     assert sentence == "--image_column picture is not there; the columns are image, text."

@@ -79,6 +79,7 @@ import distill_training as dt
 args = dt.parse_args(sys.argv[4:])
 stream = iter(dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True)))
 torch.save(dt.collate_fn([next(stream) for _ in range(12)]), sys.argv[3])
+dt.main(dt.parse_args(sys.argv[4:]))
 """
 
 
@@ -96,11 +97,10 @@ def test_a_stream_from_the_hub_gives_the_same_batch_and_trains(tmp_path: Path, t
     try:
         line = [sys.executable, "-c", STREAM, str(ROOT), str(ROOT / "tests"), str(tmp_path / "batch.pt"), *flags]
         done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        trained = run_script(*flags, **environment)
     finally:
         hub.close()
-    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model_index.json").exists()
     shards = write_shards(tmp_path / "shards", pictures)
     args = dt.parse_args([*training_flags(teacher, tmp_path / "unused"), "--train_data_dir", str(shards)])
     dataset = dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))

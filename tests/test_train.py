@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from accelerate.state import AcceleratorState
-from conftest import ROOT, SCRIPT, make_pipeline, toy_pictures, write_tar
+from conftest import SCRIPT, make_pipeline, toy_pictures, write_tar
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from launcher import shared_launcher
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -397,44 +398,33 @@ def test_broken_samples_do_not_stop_a_run(tmp_path: Path, teacher: Path, caplog:
     assert "Samples replaced = 1 with a broken image, 1 with an empty caption, 0 that could not be read" in caplog.text
 
 
-DRIVER = """
-import hashlib, json, os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import torch
-import torch._dynamo.testing
-import distill_training as dt
-targets, runs, weights, losses = [], [], [], []
+NOTE = """
+import hashlib, json, os, torch
+targets, weights, losses = [], [], []
 loss, step = dt.distillation_loss, dt.training_step
 def keep_target(student, teacher, target, *args, **kwargs):
     targets.append(float(target.double().sum()))
     return loss(student, teacher, target, *args, **kwargs)
 def keep_run(run, *args):
     result = step(run, *args)
-    runs.append(run)
     losses.append(float(result[0][0]))
     flat = torch.cat([parameter.detach().flatten() for parameter in run.unet.parameters()])
     weights.append(hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+    seen = {"targets": targets, "losses": losses, "weights": weights, "processes": run.accelerator.num_processes,
+            "wrapped": type(run.unet).__name__, "teacher": type(run.teacher_unet).__name__}
+    with open(os.path.join(os.environ["SEEN"], f"rank-{run.accelerator.process_index}.json"), "w") as file:
+        json.dump(seen, file)
     return result
 dt.distillation_loss, dt.training_step = keep_target, keep_run
-dt.main(dt.parse_args())
-rank = runs[-1].accelerator.process_index
-seen = {"targets": targets, "losses": losses, "weights": weights,
-        "processes": runs[-1].accelerator.num_processes, "wrapped": type(runs[-1].unet).__name__,
-        "teacher": type(runs[-1].teacher_unet).__name__}
-open(os.path.join(os.environ["SEEN"], f"rank-{rank}.json"), "w").write(json.dumps(seen))
 """
 
 
 def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: Path) -> None:
-    (tmp_path / "driver.py").write_text(DRIVER)
     output = tmp_path / "out"
     settings = {"max_train_steps": 4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
     line = flags(teacher, shards, output, checkpointing_steps=2, report_to="tensorboard", use_ema=True, **settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "SEEN": str(tmp_path)}
-    command = [*launch, str(tmp_path / "driver.py"), str(ROOT), *line]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = shared_launcher().start(line, tmp_path / "log", ranks=2, before=NOTE, SEEN=tmp_path)
+    assert run.wait(300) == [0, 0], run.log()[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert [seen["processes"] for seen in ranks] == [2, 2]
     assert ranks[0]["wrapped"] == "DistributedDataParallel" and ranks[0]["teacher"] == "UNet2DConditionModel"
