@@ -54,7 +54,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -84,7 +84,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -592,6 +592,8 @@ def prepare_example(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pixel_values = transform(image)
+    except MemoryError:  # not the image's fault: nothing that a cache may keep
+        return UNREADABLE
     except Exception:  # Pillow's plugins raise nearly anything on a broken file
         return BROKEN_IMAGE
     captions = example[columns[1]]
@@ -1199,10 +1201,11 @@ def encode_shards(
     size = args.train_batch_size
     loader = DataLoader(
         RawRows(dataset, args),
-        batch_sampler=[rows[start : start + size] for rows in places for start in range(0, len(rows), size)],
+        batch_sampler=(rows[start : start + size] for rows in places for start in range(0, len(rows), size)),
         collate_fn=collate_rows,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
     progress = tqdm(
@@ -1212,6 +1215,7 @@ def encode_shards(
         encoded: list[tuple[np.ndarray, bool, np.ndarray] | int] = []
         while len(encoded) < len(wanted):
             images, rows = next(batches)
+            batch = wanted[len(encoded) : len(encoded) + len(rows)]
             latents = iter(())
             for pixel_values in images:
                 if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
@@ -1219,18 +1223,63 @@ def encode_shards(
                 variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
                 moments = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
                 if not moments.isfinite().all():
-                    raise TrainingError(f"The VAE's latents are not finite in {vae.dtype} or float16.")
+                    raise TrainingError(
+                        f"Latents of an image among rows {batch[0]} to {batch[-1]} of the data are not finite in "
+                        f"{vae.dtype} or float16."
+                    )
                 latents = iter(moments.cpu().numpy())
             if UNREADABLE in rows:  # it may be back tomorrow: nothing to be kept for good
                 raise TrainingError(
-                    "Images cannot be read (their file is gone or out of reach): put that right, then the same "
-                    "command goes on."
+                    f"Row {batch[rows.index(UNREADABLE)]} of the data cannot be read (its file is gone or out of "
+                    "reach): put that right, then the same command goes on."
                 )
             encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
             progress.update(len(rows))
         captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)
         shards.write(number, encoded, record_type(args, vae, dataset.preparation["tokenizer"], captions))
     progress.close()
+
+
+def lock_cache(folder: Path) -> AbstractContextManager[Any]:
+    """Two runs may well begin on one cache: the later one waits for the other."""
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        logger.info(f"Waiting for another run, which is encoding into {folder}")
+        return lock.acquire()
+
+
+def complete_cache(
+    shards: LatentShards,
+    dataset: DistillationDataset,
+    vae: AutoencoderKL,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> None:
+    """Make the shards that are missing, each process its part. Raises as `cache_latents` does."""
+    accelerator.wait_for_everyone()
+    missing, folder = shards.missing(), shards.folder
+    accelerator.wait_for_everyone()  # nothing is made before everyone has looked
+    if not missing:
+        return
+    images = sum(len(shards.rows(number)) for number in missing)
+    needed = images * record_type(args, vae, dataset.preparation["tokenizer"], 1).itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"--cache_latents needs {tqdm.format_sizeof(needed, 'B')} in {folder} for {images:,} images, where "
+            f"{tqdm.format_sizeof(free, 'B')} are free: make room or choose another --latents_cache_dir."
+        )
+    size = tqdm.format_sizeof(needed, "B")
+    logger.info(f"Encoding {images:,} of {len(dataset):,} images into {folder}, which will take {size}")
+    mine, started = missing[accelerator.process_index :: accelerator.num_processes], time.perf_counter()
+    encode_shards(shards, mine, dataset, vae, args, accelerator)
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - started
+    logger.info(f"Encoded {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
+    if missing := shards.missing():
+        raise TrainingError(f"{shards.path(missing[0])} is not there: do all machines share this folder?")
 
 
 def cache_latents(
@@ -1245,35 +1294,18 @@ def cache_latents(
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     folder = Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents") / key
     shards = LatentShards(folder, len(dataset))
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "settings.json").write_text(json.dumps(settings, indent=2))
-        except OSError as error:
-            raise UserError(f"--latents_cache_dir: {folder} cannot be made ({first_line(error)}).") from error
-    # Two runs may well begin on one cache: the later one waits for the other.
-    with FileLock(folder / ".lock") if accelerator.is_main_process else nullcontext():
+    if any_process(accelerator, bool(shards.missing())):
+        if accelerator.is_main_process:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+            except OSError as error:
+                raise UserError(f"--latents_cache_dir: {folder} cannot be made ({first_line(error)}).") from error
         accelerator.wait_for_everyone()
-        missing = shards.missing()
-        accelerator.wait_for_everyone()  # nothing is made before everyone has looked
-        images = sum(len(shards.rows(number)) for number in missing)
-        needed, free = images * record_type(args, vae, tokenizer, 1).itemsize, shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(
-                f"--cache_latents needs {tqdm.format_sizeof(needed, 'B')} in {folder} for {images:,} images, where "
-                f"{tqdm.format_sizeof(free, 'B')} are free: make room or choose another --latents_cache_dir."
-            )
-        if missing:
-            size = tqdm.format_sizeof(needed, "B")
-            logger.info(f"Encoding {images:,} of {len(dataset):,} images into {folder}, which will take {size}")
-            started = time.perf_counter()
-            mine = missing[accelerator.process_index :: accelerator.num_processes]
-            encode_shards(shards, mine, dataset, vae, args, accelerator)
-            accelerator.wait_for_everyone()
-            seconds = time.perf_counter() - started
-            logger.info(f"Encoded {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
-            if missing := shards.missing():
-                raise TrainingError(f"{shards.path(missing[0])} is not there: do all machines share this folder?")
+        if not folder.is_dir():
+            raise TrainingError(f"{folder} is not there: all machines must share it (--latents_cache_dir).")
+        with lock_cache(folder) if accelerator.is_main_process else nullcontext():
+            complete_cache(shards, dataset, vae, args, accelerator)
     empty_ids = tokenize_captions([""], tokenizer, random.Random())[0]
     draws = {"empty_ids": empty_ids, "proportion_empty_prompts": args.proportion_empty_prompts}
     return DistillationDataset(shards, ("latents", "input_ids"), args.seed, prepare=cached_example, **draws)
@@ -2206,7 +2238,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     flag(
         "--compile",
         action="store_true",
-        help="Compile the nets with torch.compile: minutes at the start, then faster.",
+        help="Compile the nets with torch.compile: minutes at the start, then faster on a GPU.",
     )
     flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
     flag("--seed", type=int, help="Seed of everything random; drawn and printed where not given.")
@@ -2279,6 +2311,9 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    compilers = (os.environ.get("CXX", "g++"), "gcc", "cc", "clang++", "clang")
+    if args.compile and not any(map(shutil.which, compilers)):
+        problems.append("--compile needs a C++ compiler: install g++ or clang++, or name one in CXX.")
     if not args.use_ema:
         problems += [f"--{name} needs --use_ema." for name in ("offload_ema", "foreach_ema") if getattr(args, name)]
     if args.report_to not in ("all", "none"):
@@ -2532,8 +2567,11 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
     state = read_trainer_state(checkpoint, args) if checkpoint else {}
     saved_settings = state.get("settings", {})
     if args.seed is None:
-        args.seed = broadcast_object_list([saved_settings.get("seed", secrets.randbelow(2**31))])[0]
-        logger.info(f"Seed {args.seed} (as in the checkpoint)" if state else f"Seed {args.seed} (drawn)")
+        # What is cached depends on the seed (crops, the choice of samples): a drawn one would never find it again.
+        seed = 0 if args.cache_latents else secrets.randbelow(2**31)
+        args.seed = broadcast_object_list([saved_settings.get("seed", seed)])[0]
+        origin = "as in the checkpoint" if state else "of --cache_latents" if args.cache_latents else "drawn"
+        logger.info(f"Seed {args.seed} ({origin})")
     accumulation_flag = args.gradient_accumulation_steps
     if checkpoint is not None:
         keep_total_batch(checkpoint, state, args, accelerator)
@@ -2779,3 +2817,6 @@ if __name__ == "__main__":
     except (UserError, FileNotFoundError, TrainingError) as problem:
         print(f"{Path(__file__).name}: error: {problem}", file=sys.stderr)
         sys.exit(1 if isinstance(problem, TrainingError) else 2)
+    except KeyboardInterrupt:  # in training it is taken as the wish to save first, see `stop_signals`
+        print(f"{Path(__file__).name}: interrupted before training; the same command begins again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

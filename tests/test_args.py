@@ -466,6 +466,15 @@ def test_whole_unet_as_student_is_refused(world: dict[str, str], tmp_path: Path)
     assert sentence.startswith("--student_model_name_or_path ")
 
 
+def test_compile_needs_a_compiler(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    sentences = complaints(capsys, command_line(world, ["--compile"]))
+    assert sentences == ["--compile needs a C++ compiler: install g++ or clang++, or name one in CXX."]
+
+
 def assert_refused(code: object, stderr: str) -> str:
     """The one sentence that a run ended with."""
     assert code == 2, stderr

@@ -259,8 +259,12 @@ def test_unusable_rows_are_replaced_as_without_it(
         cached(args, vae, bad)[0]
 
 
+def out_of_memory(_data: bytes) -> Image.Image:
+    raise MemoryError
+
+
 def test_what_cannot_be_read_now_is_not_left_out_for_good(
-    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"image": {"bytes": None, "path": str(tmp_path / f"{i}.png")}, "text": "a x"} for i in range(3)]
     for number in (0, 2):
@@ -269,9 +273,13 @@ def test_what_cannot_be_read_now_is_not_left_out_for_good(
     preparation = {"transform": dt.image_transforms(SIDE, True, False), "tokenizer": make_tokenizer()}
     table = datasets.Dataset.from_list(rows)
     uncached = dt.DistillationDataset(table, ("image", "text"), 3, proportion_empty_prompts=0.0, **preparation)
-    with pytest.raises(dt.TrainingError, match="Images cannot be read"):
+    with pytest.raises(dt.TrainingError, match="Row 1 of the data cannot be read"):
         cached(args, vae, uncached)
     (tmp_path / "1.png").write_bytes(png(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(dt, "decode_image", out_of_memory)
+        with pytest.raises(dt.TrainingError, match="Row 0 of the data cannot be read"):
+            cached(args, vae, uncached)
     assert cached(args, vae, uncached)[1]["counts"].sum() == 0
 
 
@@ -293,7 +301,7 @@ def test_half_precision_holds_every_deviation() -> None:
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path, teacher: Path, folder: Path) -> None:
     vae = load_vae(teacher)
     vae.quant_conv.bias[0] = 1e5  # more than half precision can hold
-    with pytest.raises(dt.TrainingError, match="latents are not finite"):
+    with pytest.raises(dt.TrainingError, match="are not finite in torch.float32 or float16"):
         cached(cache_args(teacher, folder, tmp_path), vae)
     assert not list(tmp_path.rglob("*.npy"))
 
@@ -467,9 +475,13 @@ def test_killed_while_it_is_made_then_made_whole_by_two_processes(
     assert not list(cache.rglob("*.partial"))
 
 
-def test_a_second_run_waits_for_the_first(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+def test_a_second_run_waits_for_the_first(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, caplog: pytest.LogCaptureFixture
+) -> None:
     args = cache_args(teacher, folder, tmp_path)
-    lock = cached(args, vae).rows.folder / ".lock"
+    shards = cached(args, vae).rows
+    lock = shards.folder / ".lock"
+    shards.path(1).unlink()
     done = threading.Event()
 
     def second() -> None:
@@ -480,8 +492,35 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path, teacher: Path, folder:
         thread = threading.Thread(target=second)
         thread.start()
         assert not done.wait(1.0)
+        assert "Waiting for another run, which is encoding" in caplog.text
     assert done.wait(30)
     thread.join()
+
+
+def test_a_whole_cache_is_only_read(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Someone else's will do, where nothing may be written."""
+    args = cache_args(teacher, folder, tmp_path)
+    place = cached(args, vae).rows.folder
+    assert f"Encoding 12 of 12 images into {place}, which will take" in caplog.text
+    for name in (".lock", "settings.json"):
+        (place / name).unlink(missing_ok=True)
+    left = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+    cached(args, vae)
+    assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == left
+
+
+def test_without_a_seed_the_cache_is_found_again(
+    tmp_path: Path, teacher: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Crops at random and the choice of samples follow from the seed, which must not be another in every start."""
+    settings = {"resolution": SIDE, "cache_latents": True, "latents_cache_dir": tmp_path / "cache", "seed": None}
+    settings |= {"max_train_steps": 1, "max_train_samples": 6}
+    for name in ("one", "two"):
+        train(teacher, folder, tmp_path / name, **settings)
+    assert caplog.text.count("Encoding 6 of 6 images") == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 # --- memory and disk ------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 import functools
 import os
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +101,48 @@ def test_a_run_compiles_in_its_first_step_only(
     apart = sum((eager[name] - compiled[name]).abs().sum() for name in eager)
     assert apart < 0.01 * moved
     assert DiffusionPipeline.from_pretrained(tmp_path / "compiled").unet.config.layers_per_block == 1
+
+
+def test_what_is_compiled_and_what_is_timed(
+    tmp_path: Path,
+    teacher: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What `main` asks for, and when; nothing is really compiled. The clock says that the first step took long."""
+    asked: list[tuple[str, int, dict[str, Any]]] = []
+    seconds, step = [0.0], dt.training_step
+
+    def compile_net(net: torch.nn.Module, **options: Any) -> None:
+        asked.append((type(net).__name__, sum(len(module._forward_hooks) for module in net.modules()), options))
+
+    def compile_function(function: Callable, **options: Any) -> Callable:
+        asked.append((function.__name__, 0, options))
+        return function
+
+    def slow_step(run: dt.Distillation, batch: dict[str, torch.Tensor], micro_batch: int) -> Any:
+        seconds[0] += 1 if micro_batch else 100
+        return step(run, batch, micro_batch)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_net)
+    monkeypatch.setattr(torch, "compile", compile_function)
+    monkeypatch.setattr(dt, "training_step", slow_step)
+    monkeypatch.setattr(dt, "time", SimpleNamespace(perf_counter=lambda: seconds[0], monotonic=time.monotonic))
+    train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", compile=True, max_train_steps=4)
+    fixed, taps = {"dynamic": False}, len(dt.feature_pairs("sd_tiny"))
+    nets = [("UNet2DConditionModel", taps, fixed)] * 2  # student and teacher, hooks in place
+    assert asked == [("Encoder", 0, fixed), *nets, ("distillation_loss", 0, fixed)]
+    assert "Steps per second = 1.000" in caplog.text
+    assert re.search(r"Peak memory = \d+\.\d\d GiB of the host's memory", caplog.text)
+
+
+def test_channels_last_where_it_is_faster() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert dt.use_channels_last(cuda, torch.bfloat16, compiled=True)
+    assert not dt.use_channels_last(cuda, torch.bfloat16, compiled=False)
+    assert dt.use_channels_last(cpu, torch.bfloat16, compiled=False)
+    assert not dt.use_channels_last(cpu, torch.float32, compiled=True)
 
 
 def test_hooks_after_the_first_call_would_be_ignored() -> None:
