@@ -592,8 +592,6 @@ def prepare_example(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pixel_values = transform(image)
-    except MemoryError:  # not the image's fault: nothing that a cache may keep
-        return UNREADABLE
     except Exception:  # Pillow's plugins raise nearly anything on a broken file
         return BROKEN_IMAGE
     captions = example[columns[1]]
@@ -899,14 +897,21 @@ def make_dataloader(
         worker_init_fn=ignore_signals,
         **order,
     )
+    with closing(batches_of(loader)) as batches:
+        for _ in range(discard):
+            next(batches)
+        yield from batches
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """What `loader` yields. Its workers end when this generator does, by exhaustion, an error or `close`."""
     iterator = iter(loader)
     try:
-        for _ in range(discard):
-            next(iterator)
         yield from iterator
     finally:
-        # Workers end with their iterator. Left to the interpreter's exit it would wait for them for ever.
-        del iterator
+        # Workers ignore signals: those that an error's traceback keeps would be waited for at exit, for ever.
+        if loader.num_workers > 0:
+            iterator._shutdown_workers()
 
 
 def ignore_signals(_worker: int) -> None:
@@ -1188,6 +1193,14 @@ def collate_rows(examples: Sequence[dict[str, Any] | int]) -> tuple[list[Tensor]
     ]
 
 
+def encode_variants(vae: AutoencoderKL, pixel_values: Tensor, args: argparse.Namespace) -> Tensor:
+    """Mean and deviation of images (B, 3, H, W) and their mirrorings: (B or more, variants, 2, C, h, w), float16."""
+    if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
+        pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(pixel_values)))
+    variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
+    return torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
+
+
 def encode_shards(
     shards: LatentShards,
     numbers: Sequence[int],
@@ -1207,37 +1220,31 @@ def encode_shards(
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
-    batches = iter(loader)
     progress = tqdm(
         total=sum(map(len, places)), desc="Encoding", unit=" images", disable=not accelerator.is_main_process
     )
-    for number, wanted in zip(numbers, places, strict=True):
-        encoded: list[tuple[np.ndarray, bool, np.ndarray] | int] = []
-        while len(encoded) < len(wanted):
-            images, rows = next(batches)
-            batch = wanted[len(encoded) : len(encoded) + len(rows)]
-            latents = iter(())
-            for pixel_values in images:
-                if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
-                    pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, size - len(pixel_values)))
-                variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
-                moments = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
+    with closing(batches_of(loader)) as batches, closing(progress):
+        for number, wanted in zip(numbers, places, strict=True):
+            encoded: list[tuple[np.ndarray, bool, np.ndarray] | int] = []
+            while len(encoded) < len(wanted):
+                images, rows = next(batches)
+                batch = wanted[len(encoded) : len(encoded) + len(rows)]
+                if UNREADABLE in rows:  # it may be back tomorrow: nothing to be kept for good
+                    raise TrainingError(
+                        f"Sample {batch[rows.index(UNREADABLE)]} cannot be read (its file is gone or out of reach): "
+                        "put that right, then the same command goes on."
+                    )
+                moments = encode_variants(vae, images[0], args) if images else torch.zeros(0)
                 if not moments.isfinite().all():
                     raise TrainingError(
-                        f"Latents of an image among rows {batch[0]} to {batch[-1]} of the data are not finite in "
-                        f"{vae.dtype} or float16."
+                        f"Latents of an image among samples {batch[0]} to {batch[-1]} are not finite in {vae.dtype} "
+                        "or float16."
                     )
                 latents = iter(moments.cpu().numpy())
-            if UNREADABLE in rows:  # it may be back tomorrow: nothing to be kept for good
-                raise TrainingError(
-                    f"Row {batch[rows.index(UNREADABLE)]} of the data cannot be read (its file is gone or out of "
-                    "reach): put that right, then the same command goes on."
-                )
-            encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
-            progress.update(len(rows))
-        captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)
-        shards.write(number, encoded, record_type(args, vae, dataset.preparation["tokenizer"], captions))
-    progress.close()
+                encoded += [row if isinstance(row, int) else (*row, next(latents)) for row in rows]
+                progress.update(len(rows))
+            captions = max((len(row[0]) for row in encoded if not isinstance(row, int)), default=1)
+            shards.write(number, encoded, record_type(args, vae, dataset.preparation["tokenizer"], captions))
 
 
 def lock_cache(folder: Path) -> AbstractContextManager[Any]:
@@ -1258,14 +1265,14 @@ def complete_cache(
     accelerator: Accelerator,
 ) -> None:
     """Make the shards that are missing, each process its part. Raises as `cache_latents` does."""
-    accelerator.wait_for_everyone()
-    missing, folder = shards.missing(), shards.folder
-    accelerator.wait_for_everyone()  # nothing is made before everyone has looked
+    folder, known = shards.folder, [[], 0]
+    if accelerator.is_main_process:
+        known = [shards.missing(), shutil.disk_usage(folder).free]
+    missing, free = broadcast_object_list(known)
     if not missing:
         return
     images = sum(len(shards.rows(number)) for number in missing)
     needed = images * record_type(args, vae, dataset.preparation["tokenizer"], 1).itemsize
-    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"--cache_latents needs {tqdm.format_sizeof(needed, 'B')} in {folder} for {images:,} images, where "
@@ -1278,8 +1285,6 @@ def complete_cache(
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     logger.info(f"Encoded {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
-    if missing := shards.missing():
-        raise TrainingError(f"{shards.path(missing[0])} is not there: do all machines share this folder?")
 
 
 def cache_latents(
@@ -1294,18 +1299,18 @@ def cache_latents(
     key = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
     folder = Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents") / key
     shards = LatentShards(folder, len(dataset))
-    if any_process(accelerator, bool(shards.missing())):
+    # The main process alone looks before anything is made: a network's file system remembers what was not there.
+    if broadcast_object_list([accelerator.is_main_process and bool(shards.missing())])[0]:
         if accelerator.is_main_process:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "settings.json").write_text(json.dumps(settings, indent=2))
             except OSError as error:
                 raise UserError(f"--latents_cache_dir: {folder} cannot be made ({first_line(error)}).") from error
-        accelerator.wait_for_everyone()
-        if not folder.is_dir():
-            raise TrainingError(f"{folder} is not there: all machines must share it (--latents_cache_dir).")
         with lock_cache(folder) if accelerator.is_main_process else nullcontext():
             complete_cache(shards, dataset, vae, args, accelerator)
+    if any_process(accelerator, bool(shards.missing())):
+        raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
     empty_ids = tokenize_captions([""], tokenizer, random.Random())[0]
     draws = {"empty_ids": empty_ids, "proportion_empty_prompts": args.proportion_empty_prompts}
     return DistillationDataset(shards, ("latents", "input_ids"), args.seed, prepare=cached_example, **draws)
@@ -2241,7 +2246,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         help="Compile the nets with torch.compile: minutes at the start, then faster on a GPU.",
     )
     flag("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
-    flag("--seed", type=int, help="Seed of everything random; drawn and printed where not given.")
+    flag("--seed", type=int, help="Seed of everything random; else drawn and printed (0 with --cache_latents).")
     flag("--local_rank", type=int, default=-1, help="Accepted for launchers that pass it; accelerate finds it itself.")
 
     flag = parser.add_argument_group("logging, validation and saving (all counts are optimiser steps)").add_argument
@@ -2311,9 +2316,9 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    compilers = (os.environ.get("CXX", "g++"), "gcc", "cc", "clang++", "clang")
-    if args.compile and not any(map(shutil.which, compilers)):
-        problems.append("--compile needs a C++ compiler: install g++ or clang++, or name one in CXX.")
+    compiler = (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")).split()[0]
+    if args.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        problems.append(f"--compile needs a C++ compiler: {compiler} is not there; install it or name one in CXX.")
     if not args.use_ema:
         problems += [f"--{name} needs --use_ema." for name in ("offload_ema", "foreach_ema") if getattr(args, name)]
     if args.report_to not in ("all", "none"):
@@ -2817,6 +2822,6 @@ if __name__ == "__main__":
     except (UserError, FileNotFoundError, TrainingError) as problem:
         print(f"{Path(__file__).name}: error: {problem}", file=sys.stderr)
         sys.exit(1 if isinstance(problem, TrainingError) else 2)
-    except KeyboardInterrupt:  # in training it is taken as the wish to save first, see `stop_signals`
-        print(f"{Path(__file__).name}: interrupted before training; the same command begins again", file=sys.stderr)
+    except KeyboardInterrupt:  # before or after training, which would save first, see `stop_signals`
+        print(f"{Path(__file__).name}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

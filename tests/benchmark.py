@@ -940,7 +940,8 @@ def measured_memory(
     steps = itertools.count()
     result: dict[str, Any] | str = "out of memory"
     with contextlib.suppress(torch.OutOfMemoryError):
-        if settings.cached:  # the encoding has to fit, too
+        if settings.cached:  # the encoding has to fit, too: a cache for each
+            run.args.latents_cache_dir = str(shards.parent / f"{settings.card}-{settings.level}-{settings.batch_size}")
             batches = cached_batches(run, dataset, run.args)
             run.vae.to("cpu")
         else:

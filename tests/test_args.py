@@ -470,9 +470,10 @@ def test_compile_needs_a_compiler(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CXX", "absent -O2")
+    monkeypatch.setattr(dt.torch.cuda, "is_available", lambda: False)
     sentences = complaints(capsys, command_line(world, ["--compile"]))
-    assert sentences == ["--compile needs a C++ compiler: install g++ or clang++, or name one in CXX."]
+    assert sentences == ["--compile needs a C++ compiler: absent is not there; install it or name one in CXX."]
 
 
 def assert_refused(code: object, stderr: str) -> str:
@@ -504,12 +505,16 @@ def refused_run(
     """The script's own last lines run in this process, which saves the seconds of another start."""
 
     def run(flags: list[str], data: list[str] = DATA) -> str:
+        before = snapshot(tmp_path, world["teacher"], world["shards"])
         flags = [*flags, "--resolution", "64", "--output_dir", str(tmp_path / "output")]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command_line(world, flags, data)])
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert not (tmp_path / "output").exists()
+        after = snapshot(tmp_path, world["teacher"], world["shards"])
+        assert before == {
+            path: data for path, data in after.items() if tmp_path / "cache" not in (path, *path.parents)
+        }
         return assert_refused(stopped.value.code, capsys.readouterr().err)
 
     return run

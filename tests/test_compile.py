@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_a_run_compiles_in_its_first_step_only(
     settings |= {"distill_level": "sd_tiny"}
     train(teacher, shards, tmp_path / "eager", **settings)
     with monkeypatch.context() as patch:
+        patch.setenv("CXX", sys.executable)
         patch.setattr(dt, "training_step", count)
         patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
@@ -125,6 +127,7 @@ def test_what_is_compiled_and_what_is_timed(
         seconds[0] += 1 if micro_batch else 100
         return step(run, batch, micro_batch)
 
+    monkeypatch.setenv("CXX", sys.executable)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_net)
     monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr(dt, "training_step", slow_step)

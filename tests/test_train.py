@@ -398,6 +398,21 @@ def test_broken_samples_do_not_stop_a_run(tmp_path: Path, teacher: Path, caplog:
     assert "Samples replaced = 1 with a broken image, 1 with an empty caption, 0 that could not be read" in caplog.text
 
 
+def test_gradients_are_gone_when_the_average_is_updated(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a small card there is no room for both."""
+    held, update = [], dt.update_ema
+
+    def watched(ema_unet: Any, unet: torch.nn.Module) -> None:
+        held.append(sum(parameter.grad is not None for parameter in unet.parameters()))
+        update(ema_unet, unet)
+
+    monkeypatch.setattr(dt, "update_ema", watched)
+    train(teacher, shards, tmp_path / "out", max_train_steps=2, gradient_accumulation_steps=2, use_ema=True)
+    assert held == [0, 0]
+
+
 NOTE = """
 import hashlib, json, os, torch
 targets, weights, losses = [], [], []
