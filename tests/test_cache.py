@@ -30,7 +30,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from PIL import Image
 from test_data import assert_same, data_args, dataset_of
-from test_train import train
+from test_train import flags, train
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -516,6 +516,23 @@ def test_without_a_seed_the_cache_is_found_again(
         train(teacher, folder, tmp_path / name, **settings)
     assert caplog.text.count("Encoding 6 of 6 images") == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_an_error_while_encoding_ends_the_process(tmp_path: Path, teacher: Path, folder: Path) -> None:
+    """Its workers ignore signals, and must not be left to the interpreter's exit, which would wait for them."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import distill_training as dt
+def broken(*_):
+    raise RuntimeError("no room")
+dt.DistillationDataset.example = broken
+dt.main(dt.parse_args())
+"""
+    settings = {"resolution": SIDE, "cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 1}
+    line = [sys.executable, "-c", code, str(ROOT), *flags(teacher, folder, tmp_path / "out", **settings)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "RuntimeError: no room" in done.stderr
 
 
 # --- memory and disk ------------------------------------------------------------------------------------------
