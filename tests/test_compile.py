@@ -73,7 +73,6 @@ def test_compiled_nets_give_the_same_features_and_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif("DISTILL_SD_SLOW" not in os.environ, reason="takes a minute: set DISTILL_SD_SLOW=1 to run it")
 def test_a_run_compiles_in_its_first_step_only(
     tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
