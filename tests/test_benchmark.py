@@ -1,7 +1,6 @@
 """The benchmark runs at toy width and writes what it should; the figures themselves are not looked at."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,16 +19,12 @@ META = torch.device("meta")
 PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
 
 
-SLOW = "DISTILL_SD_SLOW" in os.environ
-slow = pytest.mark.skipif(not SLOW, reason="takes half a minute: set DISTILL_SD_SLOW=1 to run it")
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `benchmark.py all --toy` writes; of training alone where slow tests are left out."""
+    """What `benchmark.py all --toy` writes."""
     folder = tmp_path_factory.mktemp("benchmark")
     line = [
-        "all" if SLOW else "training",
+        "all",
         "--toy",
         "--device",
         "cpu",
@@ -92,7 +87,6 @@ def test_training(everything: Path) -> None:
     assert benchmark.show_ratio(half["ratios"]["shards / floor with VAE"]) in text
 
 
-@slow
 def test_inference(everything: Path) -> None:
     record = read_benchmark("inference", everything)
     assert list(record["models"]) == list(PUBLISHED)
@@ -104,7 +98,6 @@ def test_inference(everything: Path) -> None:
             assert model[key]["times_as_fast_as_teacher"]["pairs"] == pytest.approx(pairs)
 
 
-@slow
 def test_memory(everything: Path) -> None:
     record = read_benchmark("memory", everything)
     assert len(record["rows"]) == len(benchmark.MEMORY_SETTINGS)
@@ -112,7 +105,6 @@ def test_memory(everything: Path) -> None:
     assert (everything / "memory.md").read_text().count("not measured |") == len(record["rows"])
 
 
-@slow
 def test_growth(everything: Path) -> None:
     record = read_benchmark("growth", everything)
     assert {row["samples"] for row in record["starts"]} == {20, 40}
