@@ -69,7 +69,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    SCALER_NAME,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 from diffusers import (
@@ -1195,6 +1201,7 @@ def collate_rows(examples: Sequence[dict[str, Any] | int]) -> tuple[list[Tensor]
 
 def encode_variants(vae: AutoencoderKL, pixel_values: Tensor, args: argparse.Namespace) -> Tensor:
     """Mean and deviation of images (B, 3, H, W) and their mirrorings: (B or more, variants, 2, C, h, w), float16."""
+    pixel_values = pixel_values.to(vae.device, non_blocking=True)
     if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
         pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(pixel_values)))
     variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
@@ -1342,10 +1349,10 @@ class StepHealth:
 
     def agree(self, accelerator: Accelerator, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether to take the step. To be called by every process; reads one small tensor from the device."""
-        asked = [float(self.received == number) for number in STOP_SIGNALS]
-        numbers = torch.stack([loss.float(), grad_norm.float()])
-        flags = torch.cat([(~numbers.isfinite()).float(), torch.tensor(asked, device=numbers.device)])
-        loss_is_bad, norm_is_bad, *asked = (flag > 0 for flag in accelerator.reduce(flags).tolist())
+        bad = (~torch.stack([loss.float(), grad_norm.float()]).isfinite()).float()
+        asked = [bad.new_full((1,), self.received == number) for number in STOP_SIGNALS]  # a copy would be waited for
+        flags = accelerator.reduce(torch.cat([bad, *asked])).tolist()
+        loss_is_bad, norm_is_bad, *asked = (flag > 0 for flag in flags)
         # With fp16 a gradient norm that overflows is the loss scaler's business, as long as it has a way down.
         scaler = accelerator.scaler
         self.bad = loss_is_bad or (norm_is_bad and (scaler is None or scaler.get_scale() < 1))
@@ -1494,6 +1501,7 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
     return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
 
 
+@torch.no_grad()
 def update_ema(ema_unet: EMAModel, unet: nn.Module) -> None:
     """One step of the moving average. An average in the host's (pinned) memory is updated on the device and put back.
 
@@ -1628,6 +1636,18 @@ def remove_checkpoint(path: Path) -> None:
     path.rmdir()
 
 
+def lock_output(output_dir: Path) -> AbstractContextManager[Any]:
+    """Keep other runs out: they would take this one's half-written checkpoints for leftovers. Raises `UserError`."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return FileLock(output_dir / ".lock").acquire(timeout=0)
+    except Timeout:
+        message = f"--output_dir {output_dir} is in use by another run: stop that one first, or choose another folder."
+        raise UserError(message) from None
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written to: {first_line(error)}.") from error
+
+
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what killed runs left of checkpoints in `output_dir`, and nothing that may be someone else's."""
     for path in Path(output_dir).glob(".checkpoint-*"):
@@ -1692,6 +1712,7 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
                 ema_unet.save_pretrained(Path(output_dir) / "unet_ema")
         weights.clear()  # accelerate then writes no copy of its own
 
+    @torch.no_grad()  # else the average would remember that it was copied, and every copy after that
     def load(models: list[nn.Module], input_dir: str) -> None:
         student = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet", use_safetensors=True)
         accelerator.unwrap_model(models.pop(), keep_torch_compile=False).load_state_dict(
@@ -1862,13 +1883,21 @@ def load_checkpoint(run: Distillation, checkpoint: Path, state: Mapping[str, Any
 
     `state` is `read_trainer_state`'s. To be called by every process. Raises `UserError` where it is damaged.
     """
-    args, optimizer, lr_scheduler = run.args, run.optimizer, run.lr_scheduler
+    args, accelerator, optimizer, lr_scheduler = run.args, run.accelerator, run.optimizer, run.lr_scheduler
     flags_say = [dict(group, params=None) for group in optimizer.param_groups]
+    scaler = accelerator.scaler
+    if not (checkpoint / SCALER_NAME).exists():  # it was made in another precision: the loss scaler starts anew
+        accelerator.scaler = None
     try:
-        run.accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint))
     except Exception as error:  # damaged, or pickled with more than tensors and numbers in it
         raise UserError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
-    run.accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
+    accelerator.scaler = scaler
+    for parameter, moments in optimizer.state.items():  # laid out like the weights, which fused kernels rely on
+        for name, moment in moments.items():
+            if torch.is_tensor(moment) and (moment.shape, moment.dtype) == (parameter.shape, parameter.dtype):
+                moments[name] = torch.empty_like(parameter).copy_(moment)
+    accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
     for group, wanted in zip(optimizer.param_groups, flags_say, strict=True):
         group.update({key: value for key, value in wanted.items() if key != "params"})
     lr_scheduler.scheduler.base_lrs = [learning_rate]  # the schedule is a function of the step alone
@@ -2316,9 +2345,13 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    compiler = (os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")).split()[0]
-    if args.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
-        problems.append(f"--compile needs a C++ compiler: {compiler} is not there; install it or name one in CXX.")
+    variable, compilers = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    if torch.cuda.is_available():
+        variable, compilers = "CC", ["gcc", "clang"]
+    compilers = os.environ.get(variable, "").split()[:1] or compilers
+    if args.compile and not any(map(shutil.which, compilers)):
+        missing = " or ".join(compilers)
+        problems.append(f"--compile needs a compiler: {missing} is not there; install it or name one in {variable}.")
     if not args.use_ema:
         problems += [f"--{name} needs --use_ema." for name in ("offload_ema", "foreach_ema") if getattr(args, name)]
     if args.report_to not in ("all", "none"):
@@ -2372,6 +2405,9 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         return [f"--output_dir {folder} is not a folder."]
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return [f"--output_dir {folder} cannot be written to: {nearest} is not a folder that you may write in."]
     try:
         resumed = find_checkpoint(folder, args.resume_from_checkpoint)
     except FileNotFoundError as error:
@@ -2636,7 +2672,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
         teacher_unet = freeze(teacher_unet, accelerator.device, weight_dtype)
     unet.train().to(accelerator.device)
     if use_channels_last(accelerator.device, weight_dtype, args.compile):
-        for model in filter(None, (vae, unet, teacher_unet)):
+        # Not the student with 8-bit Adam, whose first step would put it back, to be compiled anew.
+        for model in filter(None, (vae, teacher_unet, None if args.use_8bit_adam else unet)):
             model.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -2738,15 +2775,14 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             "Output": output_dir,
         }
     )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
-    if args.report_to != "none":
-        settings = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers(args.tracker_project_name, config=settings)
+    with lock_output(output_dir) if accelerator.is_main_process else nullcontext(), stop_signals(run.health):
+        if accelerator.is_main_process:
+            (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
+        if args.report_to != "none":
+            settings = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
+            accelerator.init_trackers(args.tracker_project_name, config=settings)
 
-    # 10. Train.
-    with stop_signals(run.health):
+        # 10. Train.
         last, counts, steps_per_second = train(run, tokenizer, dataset, global_step, samples_seen)
         for tap in (student_tap, teacher_tap):
             if tap is not None:

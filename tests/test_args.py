@@ -173,6 +173,11 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
         "--student_model_name_or_path {root}/absent is neither a folder nor a name on the hub.",
     ),
     "output a file": (["--output_dir", "{root}/file"], DATA, "--output_dir {root}/file is not a folder."),
+    "output in a file": (
+        ["--output_dir", "{root}/file/out"],
+        DATA,
+        "--output_dir {root}/file/out cannot be written to: {root}/file is not a folder that you may write in.",
+    ),
     "output with checkpoints": (
         ["--output_dir", "{root}/stopped"],
         DATA,
@@ -473,7 +478,15 @@ def test_compile_needs_a_compiler(
     monkeypatch.setenv("CXX", "absent -O2")
     monkeypatch.setattr(dt.torch.cuda, "is_available", lambda: False)
     sentences = complaints(capsys, command_line(world, ["--compile"]))
-    assert sentences == ["--compile needs a C++ compiler: absent is not there; install it or name one in CXX."]
+    assert sentences == ["--compile needs a compiler: absent is not there; install it or name one in CXX."]
+    monkeypatch.setattr(dt.torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    sentences = complaints(capsys, command_line(world, ["--compile"]))
+    assert sentences == ["--compile needs a compiler: gcc or clang is not there; install it or name one in CC."]
+    (tmp_path / "clang").touch(mode=0o755)
+    assert complaints(capsys, command_line(world, ["--compile", "--train_batch_size", "0"])) == [
+        "--train_batch_size must be at least 1, got 0."
+    ]
 
 
 def assert_refused(code: object, stderr: str) -> str:

@@ -69,7 +69,7 @@ def whole_checkpoints(output: Path) -> list[int]:
 
 
 def leftovers(output: Path) -> list[Path]:
-    return sorted(output.glob(".*"))
+    return sorted(path for path in output.glob(".*") if path.name != ".lock")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -126,6 +126,27 @@ def test_killed_at_random_moments(
     assert whole_checkpoints(output) == [STEPS - 1, STEPS] and not leftovers(output)
     assert_same_checkpoint(output / f"checkpoint-{STEPS}", reference / f"checkpoint-{STEPS}")
     assert_equal(unet_weights(output / "unet"), unet_weights(reference / "unet"))
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(
+    tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher
+) -> None:
+    """A second run is refused while the first lives, and no longer, though a killed one's workers outlive it."""
+    output = tmp_path / "out"
+    settings = {**SETTINGS, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    line = flags(teacher, shards, output, **settings, dataloader_num_workers=2, max_train_steps=100_000)
+    run = launcher.start(line, tmp_path / "log")
+    run.wait_for(lambda: "Saved " in run.log())
+    with pytest.raises(dt.UserError, match=f"{output} is in use by another run"):
+        train(teacher, shards, output, **settings, max_train_steps=whole_checkpoints(output)[-1] + 100)
+    saved = run.log().count("Saved ")
+    run.wait_for(lambda: run.log().count("Saved ") > saved)
+    assert "could not be saved" not in run.log()
+    run.kill()
+    run.wait()
+    step = whole_checkpoints(output)[-1]
+    train(teacher, shards, output, **settings, max_train_steps=step + 1)
+    assert whole_checkpoints(output)[-1] == step + 1
 
 
 # The save of step 3, in forks of the run that are killed right before one change of the file system each: the first
@@ -392,7 +413,7 @@ def test_a_full_disk_does_not_end_a_run(
         assert f"checkpoint-{step} could not be saved" in log
     assert "No space left" in log or "File too large" in log
     assert f"the last good checkpoint is {output}/checkpoint-3" in log
-    assert "WHILE FULL args.json checkpoint-3 logs\n" in log  # nothing of the attempts is left
+    assert "WHILE FULL .lock args.json checkpoint-3 logs\n" in log  # nothing of the attempts is left
     assert whole_checkpoints(output) == [3, 12] and not leftovers(output)
     assert_same_checkpoint(output / "checkpoint-12", reference / "checkpoint-12")
     assert_equal(unet_weights(output / "unet"), unet_weights(reference / "checkpoint-12" / "unet_ema"))

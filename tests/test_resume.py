@@ -23,12 +23,6 @@ from test_train import assert_equal, flags, scalars, train, unet_weights, watche
 
 import distill_training as dt
 
-try:
-    dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--cache_latents"])
-    CACHES_LATENTS = True
-except SystemExit:
-    CACHES_LATENTS = False
-
 # What must not matter for a resumed run. Every pair of values occurs in a row, but for cached latents of a stream.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "source": ("shards", "imagefolder", "stream"),
@@ -197,8 +191,6 @@ def test_resumed_is_uninterrupted(
     settings = {**COMMON, "max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 7, **row}
     processes = settings.pop("processes")
     settings |= sources[settings.pop("source"), settings.pop("several_captions")]
-    if not CACHES_LATENTS:
-        del settings["cache_latents"]
 
     def run(output: Path, **more: Any) -> None:
         if processes == 1:
@@ -535,6 +527,67 @@ def test_more_steps_just_work(tmp_path: Path, teacher: Path, shards: Path, two_s
     train(teacher, shards, tmp_path / "whole", **SETTINGS, max_train_steps=3)
     resume(teacher, shards, two_steps, tmp_path / "out", step=2, max_train_steps=3)
     assert_same_end(tmp_path / "whole", tmp_path / "out", 2, 3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_moments_follow_the_weights_in_memory(
+    tmp_path: Path, teacher: Path, shards: Path, two_steps: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
+    """A checkpoint keeps strides; a fused optimiser would give weights that lie otherwise each other's moments."""
+    start = two_steps
+    if not channels_last:
+        with monkeypatch.context() as patch:
+            patch.setattr(dt, "use_channels_last", lambda *_, **__: True)
+            start = tmp_path / "start"
+            train(teacher, shards, start, **SETTINGS, max_train_steps=2)
+    monkeypatch.setattr(dt, "use_channels_last", lambda *_, **__: channels_last)
+    step = dt.training_step
+
+    def look(run: dt.Distillation, *rest: Any) -> Any:
+        for parameter, moments in run.optimizer.state.items():
+            assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
+        return step(run, *rest)
+
+    monkeypatch.setattr(dt, "training_step", look)
+    resume(teacher, shards, start, tmp_path / "out")
+    before, after = (unet_weights(two_steps / f"checkpoint-{step}" / "unet") for step in (1, 2))
+    found = unet_weights(tmp_path / "out" / "checkpoint-2" / "unet")
+    moved = sum((after[name] - before[name]).abs().sum() for name in after)
+    apart = sum((after[name] - found[name]).abs().sum() for name in after)
+    assert apart < 0.01 * moved
+
+
+def test_a_loss_scaler_that_was_not_there_starts_anew(
+    tmp_path: Path, teacher: Path, shards: Path, two_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when fp16 follows on bf16; a checkpoint with a scaler gives it back."""
+
+    class Scaled(Accelerator):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+
+    monkeypatch.setattr(dt, "Accelerator", Scaled)
+    scales, step = [], dt.training_step
+
+    def look(run: dt.Distillation, *rest: Any) -> Any:
+        scales.append(run.accelerator.scaler.get_scale())
+        return step(run, *rest)
+
+    monkeypatch.setattr(dt, "training_step", look)
+    resume(teacher, shards, two_steps, tmp_path / "out")
+    train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=3, resume_from_checkpoint="latest")
+    assert scales == [64.0, 128.0]
+
+
+def test_a_resumed_average_remembers_nothing(
+    tmp_path: Path, teacher: Path, shards: Path, two_steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied with its history, it would keep the weights it was read from, and on a GPU every later copy."""
+    with watched(monkeypatch) as runs:
+        resume(teacher, shards, two_steps, tmp_path / "out")
+    shadows = runs[0].ema_unet.shadow_params
+    assert shadows and not any(shadow.requires_grad for shadow in shadows)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_every_level_trains_and_loads(
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
     assert {path.name for path in output.iterdir()} == {
-        "README.md", "args.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+        ".lock", "README.md", "args.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
     }  # fmt: skip
 
 
