@@ -19,40 +19,39 @@ META = torch.device("meta")
 PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
 
 
+FLAGS = "--toy --device cpu --threads 1 --rounds 2 --level sd_tiny --precision no bf16 --output_dir".split()
+
+
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `benchmark.py all --toy` writes."""
+def training(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `benchmark.py training --toy` writes, run as a user would."""
     folder = tmp_path_factory.mktemp("benchmark")
-    line = [
-        "all",
-        "--toy",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--rounds",
-        "2",
-        "--output_dir",
-        str(folder),
-    ]
-    line += ["--level", "sd_tiny", "--precision", "no", "bf16"]
-    done = subprocess.run(
-        [sys.executable, "tests/benchmark.py", *line], cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    line = ["tests/benchmark.py", "training", *FLAGS, str(folder)]
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "stdout").write_text(done.stdout)
-    return folder
+    return read_benchmark("training", folder, done.stdout)
 
 
-def read_benchmark(what: str, folder: Path) -> dict:
+def run_benchmark(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict:
+    """The same of another one, in this process."""
+    line = [what, *FLAGS, str(folder)]
+    monkeypatch.setattr(sys, "argv", ["tests/benchmark.py", *line])
+    monkeypatch.chdir(ROOT)
+    benchmark.main(benchmark.parse_args(line))
+    return read_benchmark(what, folder, capsys.readouterr().out)
+
+
+def read_benchmark(what: str, folder: Path, printed: str) -> dict:
     record = json.loads((folder / f"{what}.json").read_text())
     text = (folder / f"{what}.md").read_text()
     for fact in (f"python tests/benchmark.py {what} --toy", torch.__version__, record["date"], record["device"]):
         assert fact in text
-    assert "1 threads" in text and text in (folder / "stdout").read_text()
+    assert "1 threads" in text and text in printed
     image = Image.open(folder / f"{what}.png")
     assert image.width == 1000 and len(image.getcolors(100_000)) > 2
-    return record
+    return record | {"text": text}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +59,8 @@ def real_parts() -> dict:
     return benchmark.make_parts(False, META)
 
 
-def test_training(everything: Path) -> None:
-    record = read_benchmark("training", everything)
-    plain, half = record["results"]
+def test_training(training: dict) -> None:
+    plain, half = training["results"]
     assert (plain["precision"], half["precision"]) == ("no", "bf16")
     assert {"floor", "cached", "floor with VAE", "shards", "plain"} == plain["variants"].keys()
     assert "plain float32" in half["variants"] and "plain float32" not in plain["variants"]
@@ -83,12 +81,11 @@ def test_training(everything: Path) -> None:
                 ratio = result["ratios"][name]
                 assert ratio["pairs"] == pytest.approx(expected)
                 assert ratio["min"] == min(ratio["pairs"]) <= ratio["median"] <= ratio["max"] == max(ratio["pairs"])
-    text = (everything / "training.md").read_text()
-    assert benchmark.show_ratio(half["ratios"]["shards / floor with VAE"]) in text
+    assert benchmark.show_ratio(half["ratios"]["shards / floor with VAE"]) in training["text"]
 
 
-def test_inference(everything: Path) -> None:
-    record = read_benchmark("inference", everything)
+def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_benchmark("inference", tmp_path, monkeypatch, capsys)
     assert list(record["models"]) == list(PUBLISHED)
     for model in record["models"].values():
         assert 0 < model["macs_conv_linear"] < model["macs_with_attention"]
@@ -98,15 +95,15 @@ def test_inference(everything: Path) -> None:
             assert model[key]["times_as_fast_as_teacher"]["pairs"] == pytest.approx(pairs)
 
 
-def test_memory(everything: Path) -> None:
-    record = read_benchmark("memory", everything)
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_benchmark("memory", tmp_path, monkeypatch, capsys)
     assert len(record["rows"]) == len(benchmark.MEMORY_SETTINGS)
     assert {row["measured"] for row in record["rows"]} == {"not measured"}
-    assert (everything / "memory.md").read_text().count("not measured |") == len(record["rows"])
+    assert record["text"].count("not measured |") == len(record["rows"])
 
 
-def test_growth(everything: Path) -> None:
-    record = read_benchmark("growth", everything)
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_benchmark("growth", tmp_path, monkeypatch, capsys)
     assert {row["samples"] for row in record["starts"]} == {20, 40}
     assert all(len(rates) == 1 and rates[0] > 0 for rates in record["steps_per_second"].values())
     assert list(record["steps_per_second"]) == ["1", "2"]
@@ -125,6 +122,25 @@ def test_bad_flags(flags: list[str], message: str, tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         benchmark.parse_args([*flags, "--output_dir", str(tmp_path)])
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_all_is_each_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    code = 0
+
+    def note(line: list[str]) -> subprocess.CompletedProcess:
+        lines.append(line[1:])
+        return subprocess.CompletedProcess(line, code)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", note)
+    flags = [*FLAGS, str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["tests/benchmark.py", "all", *flags])
+    benchmark.main(benchmark.parse_args(["all", *flags]))
+    assert lines == [[benchmark.__file__, name, *flags] for name in ("training", "inference", "memory", "growth")]
+    code = 3
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(benchmark.parse_args(["all", *flags]))
+    assert caught.value.code == 3 and len(lines) == 5
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
