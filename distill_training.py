@@ -34,6 +34,7 @@ On a CPU, in minutes:
 """
 
 import argparse
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -54,7 +55,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
     set_seed,
 )
 from datasets.distributed import split_dataset_by_node
@@ -1256,12 +1258,15 @@ def encode_shards(
 
 def lock_cache(folder: Path) -> AbstractContextManager[Any]:
     """Two runs may well begin on one cache: the later one waits for the other."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         return lock.acquire(timeout=0)
     except Timeout:
         logger.info(f"Waiting for another run, which is encoding into {folder}")
         return lock.acquire()
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({first_line(error)}): let no other run encode into it.")
+        return nullcontext()
 
 
 def complete_cache(
@@ -1636,18 +1641,6 @@ def remove_checkpoint(path: Path) -> None:
     path.rmdir()
 
 
-def lock_output(output_dir: Path) -> AbstractContextManager[Any]:
-    """Keep other runs out: they would take this one's half-written checkpoints for leftovers. Raises `UserError`."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        return FileLock(output_dir / ".lock").acquire(timeout=0)
-    except Timeout:
-        message = f"--output_dir {output_dir} is in use by another run: stop that one first, or choose another folder."
-        raise UserError(message) from None
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written to: {first_line(error)}.") from error
-
-
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what killed runs left of checkpoints in `output_dir`, and nothing that may be someone else's."""
     for path in Path(output_dir).glob(".checkpoint-*"):
@@ -1910,6 +1903,38 @@ def load_checkpoint(run: Distillation, checkpoint: Path, state: Mapping[str, Any
         )
     if list_checkpoints(args.output_dir)[-1:] not in ([], [checkpoint]):
         logger.warning(f"{args.output_dir} holds newer checkpoints than {checkpoint.name}; 'latest' will mean those.")
+
+
+@contextmanager
+def sole_run(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
+    """Keep other runs out of --output_dir, who would take each other's half-written checkpoints for leftovers.
+
+    To be called by every process. Raises `UserError` where another one is at work there, or was since `checkpoint` was
+    looked for. Where the file system has no locks there is a warning.
+    """
+    output_dir, problem = Path(args.output_dir), None
+    lock = FileLock(output_dir / ".lock", fallback_to_soft=False)  # a soft lock would outlive a killed run
+    if accelerator.is_main_process:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = f"--output_dir {output_dir} is in use by another run (it holds {lock.lock_file}): stop that one."
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                logger.warning(f"{output_dir} cannot be locked ({first_line(error)}): let no other run write there.")
+            else:
+                problem = f"--output_dir {output_dir} cannot be written to: {first_line(error)}."
+        else:
+            if output_problems(args) or find_checkpoint(output_dir, args.resume_from_checkpoint) != checkpoint:
+                problem = f"Another run has written to --output_dir {output_dir} since this one began: start it again."
+    try:
+        problem = broadcast_object_list([problem])[0]
+        if problem:
+            raise UserError(problem)
+        yield
+    finally:
+        lock.release()
 
 
 def total_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -2346,7 +2371,7 @@ def validate_args(args: argparse.Namespace) -> list[str]:
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     variable, compilers = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         variable, compilers = "CC", ["gcc", "clang"]
     compilers = os.environ.get(variable, "").split()[:1] or compilers
     if args.compile and not any(map(shutil.which, compilers)):
@@ -2403,10 +2428,10 @@ def data_problems(args: argparse.Namespace) -> list[str]:
 def output_problems(args: argparse.Namespace) -> list[str]:
     """Why `--output_dir` cannot be written to without losing something that is there."""
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         return [f"--output_dir {folder} is not a folder."]
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
         return [f"--output_dir {folder} cannot be written to: {nearest} is not a folder that you may write in."]
     try:
         resumed = find_checkpoint(folder, args.resume_from_checkpoint)
@@ -2775,7 +2800,8 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             "Output": output_dir,
         }
     )
-    with lock_output(output_dir) if accelerator.is_main_process else nullcontext(), stop_signals(run.health):
+    with ExitStack() as context:
+        context.enter_context(sole_run(args, accelerator, checkpoint))
         if accelerator.is_main_process:
             (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
         if args.report_to != "none":
@@ -2783,6 +2809,7 @@ def main(args: argparse.Namespace) -> None:  # noqa: C901
             accelerator.init_trackers(args.tracker_project_name, config=settings)
 
         # 10. Train.
+        context.enter_context(stop_signals(run.health))
         last, counts, steps_per_second = train(run, tokenizer, dataset, global_step, samples_seen)
         for tap in (student_tap, teacher_tap):
             if tap is not None:

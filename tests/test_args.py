@@ -173,6 +173,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
         "--student_model_name_or_path {root}/absent is neither a folder nor a name on the hub.",
     ),
     "output a file": (["--output_dir", "{root}/file"], DATA, "--output_dir {root}/file is not a folder."),
+    "output a link to nothing": (["--output_dir", "{root}/link"], DATA, "--output_dir {root}/link is not a folder."),
     "output in a file": (
         ["--output_dir", "{root}/file/out"],
         DATA,
@@ -243,6 +244,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, teacher: Path, shards: Path)
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text("{}")
+    (root / "link").symlink_to(root / "absent")
     installed = [str(tracker) for tracker in get_available_trackers()]
     tracker = next(name for name in LOGGER_TYPE_TO_CLASS if name not in installed)
     return {"root": str(root), "teacher": str(teacher), "shards": str(shards), "tracker": tracker}

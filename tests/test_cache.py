@@ -668,7 +668,8 @@ def test_flags_that_do_not_go_together(
 
 
 def test_a_compiled_encoder_sees_one_shape(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", sys.executable)  # nothing is translated
+    for compiler in ("CC", "CXX"):
+        monkeypatch.setenv(compiler, sys.executable)  # nothing is translated
     data = samples(22)
     for broken in (3, 9, 10, 17, 18, 19):
         data[broken]["png"] = b"no picture"

@@ -5,6 +5,8 @@ it 4 times. All runs here are real processes (see launcher.py) with the same set
 serves them all for comparison.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from launcher import SCRIPT, Launcher, Run, shared_launcher
 from test_resume import assert_same_checkpoint
 from test_train import assert_equal, flags, train, unet_weights
@@ -144,9 +147,64 @@ def test_a_folder_belongs_to_one_run_at_a_time(
     assert "could not be saved" not in run.log()
     run.kill()
     run.wait()
+    assert not run.group_is_gone()
     step = whole_checkpoints(output)[-1]
     train(teacher, shards, output, **settings, max_train_steps=step + 1)
     assert whole_checkpoints(output)[-1] == step + 1
+
+
+def test_all_ranks_say_that_a_folder_is_taken(tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        run = launcher.start(flags(teacher, shards, output, **SETTINGS, max_train_steps=1), tmp_path / "log", ranks=2)
+        assert run.wait() == [2, 2], run.log() + run.log(1)
+    for rank in (0, 1):
+        assert f"{output} is in use by another run (it holds {output}/.lock)" in run.log(rank)
+        assert "Traceback" not in run.log(rank)
+    assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_what_came_in_between_is_kept(
+    tmp_path: Path, teacher: Path, shards: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    """Another run ends, or saves for the last time, while this one still loads its models."""
+    output, load = tmp_path / "out", dt.load_unets
+    settings = {**SETTINGS, "max_train_steps": STEPS} | ({"resume_from_checkpoint": "latest"} if resumes else {})
+    shutil.copytree(reference / "checkpoint-1", output / "checkpoint-1") if resumes else None
+
+    def load_slowly(*args: object) -> object:
+        if resumes:
+            shutil.copytree(reference / "checkpoint-2", output / "checkpoint-2")
+        else:
+            output.mkdir()
+            (output / "model_index.json").write_text("{}")
+        return load(*args)
+
+    monkeypatch.setattr(dt, "load_unets", load_slowly)
+    with pytest.raises(dt.UserError, match=f"Another run has written to --output_dir {output} since this one began"):
+        train(teacher, shards, output, **settings)
+    assert {path.name for path in output.iterdir()} - {".lock"} == (
+        {"checkpoint-1", "checkpoint-2"} if resumes else {"model_index.json"}
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path,
+    teacher: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=1, cache_latents=True)
+    assert caplog.text.count(f"cannot be locked ([Errno {number}]") == 2  # the folder, and the cache
 
 
 # The save of step 3, in forks of the run that are killed right before one change of the file system each: the first
