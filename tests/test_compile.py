@@ -17,7 +17,7 @@ import torch._dynamo
 import torch._inductor.config
 from conftest import UNET_CONFIG
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from test_train import train, unet_weights
+from test_train import train, unet_weights, watched
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import distill_training as dt
@@ -156,6 +156,21 @@ def test_channels_last_where_it_is_faster() -> None:
     assert not dt.use_channels_last(cuda, torch.bfloat16, compiled=False)
     assert dt.use_channels_last(cpu, torch.bfloat16, compiled=False)
     assert not dt.use_channels_last(cpu, torch.float32, compiled=True)
+
+
+def test_8bit_adam_finds_the_student_as_it_leaves_it(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes makes weights contiguous in its first step; its 8 bits need a GPU and do not matter here."""
+    (tmp_path / "bitsandbytes.py").write_text("import torch\nclass optim:\n    AdamW8bit = torch.optim.AdamW\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes")  # undone in this order: nothing is left of it
+    monkeypatch.setattr(dt, "use_channels_last", lambda *_, **__: True)
+    with watched(monkeypatch) as runs:
+        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, use_8bit_adam=True)
+    assert all(parameter.is_contiguous() for parameter in runs[0].unet.parameters())
+    assert runs[0].teacher_unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_hooks_after_the_first_call_would_be_ignored() -> None:
