@@ -17,7 +17,7 @@ import torch._dynamo
 import torch._inductor.config
 from conftest import UNET_CONFIG
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from test_train import train, unet_weights, watched
+from test_train import train, unet_weights
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import distill_training as dt
@@ -167,10 +167,15 @@ def test_8bit_adam_finds_the_student_as_it_leaves_it(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes")  # undone in this order: nothing is left of it
     monkeypatch.setattr(dt, "use_channels_last", lambda *_, **__: True)
-    with watched(monkeypatch) as runs:
-        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, use_8bit_adam=True)
-    assert all(parameter.is_contiguous() for parameter in runs[0].unet.parameters())
-    assert runs[0].teacher_unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    formats, step = [], dt.training_step
+
+    def look(run: dt.Distillation, *rest: Any) -> Any:
+        formats.extend(net.conv_in.weight.is_contiguous() for net in (run.unet, run.teacher_unet))
+        return step(run, *rest)
+
+    monkeypatch.setattr(dt, "training_step", look)
+    train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, use_8bit_adam=True)
+    assert formats == [True, False]
 
 
 def test_hooks_after_the_first_call_would_be_ignored() -> None:
