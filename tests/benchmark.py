@@ -201,9 +201,7 @@ def make_run(parts: Mapping[str, Any], args: argparse.Namespace, device: torch.d
     vae, text_encoder, teacher = (
         dt.freeze(parts[name], device, weight_dtype) for name in ("vae", "text_encoder", "unet")
     )
-    if dt.use_channels_last(device, weight_dtype, args.compile):
-        for model in filter(None, (vae, teacher, None if args.use_8bit_adam else student)):
-            model.to(memory_format=torch.channels_last)
+    dt.choose_memory_format(args, device, weight_dtype, vae, teacher, student)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     ema = None

@@ -14,28 +14,16 @@ from PIL import Image
 
 import distill_training as dt
 
-pytestmark = pytest.mark.xdist_group("benchmark")  # one process for all, which share what one run writes
+pytestmark = pytest.mark.xdist_group("benchmark")  # one process for all, which share the real architecture
 META = torch.device("meta")
 PUBLISHED = {"teacher": 859_520_964, "sd_small": 579_384_964, "bk_small": 482_346_884, "sd_tiny": 323_384_964}
-
-
 FLAGS = "--toy --device cpu --threads 1 --rounds 2 --level sd_tiny --precision no bf16 --output_dir".split()
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What `benchmark.py training --toy` writes, run as a user would."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    line = ["tests/benchmark.py", "training", *FLAGS, str(folder)]
-    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return read_benchmark("training", folder, done.stdout)
 
 
 def run_benchmark(
     what: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict:
-    """The same of another one, in this process."""
+    """What `benchmark.py <what> --toy` writes, measured in this process."""
     line = [what, *FLAGS, str(folder)]
     monkeypatch.setattr(sys, "argv", ["tests/benchmark.py", *line])
     monkeypatch.chdir(ROOT)
@@ -59,7 +47,12 @@ def real_parts() -> dict:
     return benchmark.make_parts(False, META)
 
 
-def test_training(training: dict) -> None:
+def test_training(tmp_path: Path) -> None:
+    """Run as a user would."""
+    line = ["tests/benchmark.py", "training", *FLAGS, str(tmp_path)]
+    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    training = read_benchmark("training", tmp_path, done.stdout)
     plain, half = training["results"]
     assert (plain["precision"], half["precision"]) == ("no", "bf16")
     assert {"floor", "cached", "floor with VAE", "shards", "plain"} == plain["variants"].keys()

@@ -17,7 +17,7 @@ import torch._dynamo
 import torch._inductor.config
 from conftest import UNET_CONFIG
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from test_train import train, unet_weights
+from test_train import train, unet_weights, watched
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import distill_training as dt
@@ -167,15 +167,13 @@ def test_8bit_adam_finds_the_student_as_it_leaves_it(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes")  # undone in this order: nothing is left of it
     monkeypatch.setattr(dt, "use_channels_last", lambda *_, **__: True)
-    formats, step = [], dt.training_step
 
-    def look(run: dt.Distillation, *rest: Any) -> Any:
-        formats.extend(net.conv_in.weight.is_contiguous() for net in (run.unet, run.teacher_unet))
-        return step(run, *rest)
+    def contiguous(run: dt.Distillation) -> tuple[bool, bool]:
+        return run.unet.conv_in.weight.is_contiguous(), run.teacher_unet.conv_in.weight.is_contiguous()
 
-    monkeypatch.setattr(dt, "training_step", look)
-    train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, use_8bit_adam=True)
-    assert formats == [True, False]
+    with watched(monkeypatch, contiguous) as formats:
+        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, use_8bit_adam=True)
+    assert formats == [(True, False)]
 
 
 def test_hooks_after_the_first_call_would_be_ignored() -> None:

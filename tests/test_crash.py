@@ -172,7 +172,8 @@ def test_what_came_in_between_is_kept(
     """Another run ends, or saves for the last time, while this one still loads its models."""
     output, load = tmp_path / "out", dt.load_unets
     settings = {**SETTINGS, "max_train_steps": STEPS} | ({"resume_from_checkpoint": "latest"} if resumes else {})
-    shutil.copytree(reference / "checkpoint-1", output / "checkpoint-1") if resumes else None
+    if resumes:
+        shutil.copytree(reference / "checkpoint-1", output / "checkpoint-1")
 
     def load_slowly(*args: object) -> object:
         if resumes:

@@ -541,15 +541,16 @@ def test_moments_follow_the_weights_in_memory(
             start = tmp_path / "start"
             train(teacher, shards, start, **SETTINGS, max_train_steps=2)
     monkeypatch.setattr(dt, "use_channels_last", lambda *_, **__: channels_last)
-    step = dt.training_step
 
-    def look(run: dt.Distillation, *rest: Any) -> Any:
-        for parameter, moments in run.optimizer.state.items():
-            assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
-        return step(run, *rest)
+    def follow(run: dt.Distillation) -> bool:
+        return all(
+            moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == parameter.stride()
+            for parameter, moments in run.optimizer.state.items()
+        )
 
-    monkeypatch.setattr(dt, "training_step", look)
-    resume(teacher, shards, start, tmp_path / "out")
+    with watched(monkeypatch, follow) as followed:
+        resume(teacher, shards, start, tmp_path / "out")
+    assert followed == [True]
     before, after = (unet_weights(two_steps / f"checkpoint-{step}" / "unet") for step in (1, 2))
     found = unet_weights(tmp_path / "out" / "checkpoint-2" / "unet")
     moved = sum((after[name] - before[name]).abs().sum() for name in after)
@@ -568,15 +569,9 @@ def test_a_loss_scaler_that_was_not_there_starts_anew(
             self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
 
     monkeypatch.setattr(dt, "Accelerator", Scaled)
-    scales, step = [], dt.training_step
-
-    def look(run: dt.Distillation, *rest: Any) -> Any:
-        scales.append(run.accelerator.scaler.get_scale())
-        return step(run, *rest)
-
-    monkeypatch.setattr(dt, "training_step", look)
-    resume(teacher, shards, two_steps, tmp_path / "out")
-    train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=3, resume_from_checkpoint="latest")
+    with watched(monkeypatch, lambda run: run.accelerator.scaler.get_scale()) as scales:
+        resume(teacher, shards, two_steps, tmp_path / "out")
+        train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=3, resume_from_checkpoint="latest")
     assert scales == [64.0, 128.0]
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,15 @@ def scalars(output: Path) -> dict[str, dict[int, float]]:
 
 
 @contextlib.contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dt.Distillation]]:
-    """The `Distillation` of every step that is taken inside."""
-    seen: list[dt.Distillation] = []
+def watched(
+    monkeypatch: pytest.MonkeyPatch, look: Callable[[dt.Distillation], Any] = lambda run: run
+) -> Iterator[list[Any]]:
+    """What `look` sees before every step that is taken inside: by itself, its `Distillation`."""
+    seen: list[Any] = []
     step = dt.training_step
 
     def watch(run: dt.Distillation, *args: Any) -> Any:
-        seen.append(run)
+        seen.append(look(run))
         return step(run, *args)
 
     with monkeypatch.context() as patch:
