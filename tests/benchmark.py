@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a training step, a picture, a run's memory and its growth cost, measured against bare floors.
+"""What a training step, an image, a run's memory and its growth cost, measured against bare floors.
 
     python tests/benchmark.py all --output_dir benchmark
 
@@ -111,7 +111,7 @@ def make_parts(toy: bool, device: torch.device, seed: int = 0) -> dict[str, Any]
     """The pipeline's components in float32 with random weights, built on `device` (`meta` for none at all)."""
     torch.manual_seed(seed)
     if toy:
-        from conftest import make_pipeline  # the tests' own, which needs pytest
+        from helpers import make_pipeline  # the tests' own
 
         with tempfile.TemporaryDirectory() as folder:
             parts = StableDiffusionPipeline.from_pretrained(make_pipeline(Path(folder))).components
@@ -142,18 +142,18 @@ def make_jpegs(count: int, width: int, height: int) -> list[bytes]:
     rng = np.random.default_rng(0)
     jpegs = []
     for _ in range(count):
-        picture = np.zeros((height, width, 3), np.float32)
+        image = np.zeros((height, width, 3), np.float32)
         for cells in (4, 16, 64, 256):
             noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-            picture += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 4
+            image += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 4
         buffer = io.BytesIO()
-        Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=92)
+        Image.fromarray(image.astype(np.uint8)).save(buffer, "JPEG", quality=92)
         jpegs.append(buffer.getvalue())
     return jpegs
 
 
 def write_shards(folder: Path, jpegs: Sequence[bytes], count: int, per_shard: int = 1000) -> Path:
-    """`count` samples of those pictures in turn, with the manifest that `data.py` would write."""
+    """`count` samples of those images in turn, with the manifest that `data.py` would write."""
     folder.mkdir(parents=True)
     entries = []
     for start in tqdm(range(0, count, per_shard), desc=f"Writing {count:,} samples", unit="shard", leave=False):
@@ -448,7 +448,7 @@ def place(run: dt.Distillation, teacher: torch.dtype, others: torch.dtype, vae: 
 def training_variants(
     run: dt.Distillation, dataset: Any, args: argparse.Namespace
 ) -> tuple[dict[str, Variant], float]:
-    """The variants of one configuration, all on the same models, optimiser state and pictures.
+    """The variants of one configuration, all on the same models, optimiser state and images.
 
     With them the images per second that the loader gives on its own: where it works ahead in other processes, it could
     otherwise catch up during the turns of variants that do not need it.
@@ -510,9 +510,9 @@ def warm_up(variants: Mapping[str, Variant], run: dt.Distillation, steps: int) -
 
 def measure_training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = args.device
-    pictures = 16 if device.type == "cpu" else 64  # all have to be encoded first
-    jpegs = make_jpegs(pictures, args.resolution * 3 // 2, args.resolution * 9 // 8)
-    shards = write_shards(folder / "shards", jpegs, pictures)
+    images = 16 if device.type == "cpu" else 64  # all have to be encoded first
+    jpegs = make_jpegs(images, args.resolution * 3 // 2, args.resolution * 9 // 8)
+    shards = write_shards(folder / "shards", jpegs, images)
     meta = make_parts(args.toy, torch.device("meta"))
     students = make_unets(meta["unet"], args.level)
     flops = {level: step_flops(meta, students[level], args.resolution) for level in args.level}
@@ -1213,7 +1213,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     )
     flag("--rounds", type=int, default=7, help="How often all variants take their turn.")
     flag("--steps_per_block", type=int, help="Steps of one turn; default: 1 on a CPU, up to 10 on a GPU.")
-    flag("--pipeline_steps", type=int, default=25, help="Steps of a picture.")
+    flag("--pipeline_steps", type=int, default=25, help="Steps of an image.")
     flag("--dataloader_num_workers", type=int, help="The trainer's; default: 0 on a CPU, 8 on a GPU.")
     flag("--compile", action="store_true", help="Compile teacher and student, for the floor too.")
     flag("--profile", action="store_true", help="Show where the GPU's time goes in a step on cached latents.")

@@ -7,7 +7,6 @@ limits and exit code, that executes the script's own `if __name__ == "__main__":
 import ast
 import atexit
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -125,14 +124,6 @@ class Launcher:
                     run.kill_group()
         self.process.stdin.close()
         self.process.wait()
-
-
-@functools.cache
-def shared_launcher() -> Launcher:
-    """One for all tests of this process."""
-    launcher = Launcher()
-    atexit.register(launcher.close)
-    return launcher
 
 
 def run_child(child: dict[str, Any], group: int) -> NoReturn:

@@ -3,15 +3,15 @@
 
     python tests/make_tiny_sd.py --output_dir tests
 
-draws the pictures, trains autoencoder, text encoder and U-Net, and writes
+draws the images, trains autoencoder, text encoder and U-Net, and writes
 
     tests/tiny-sd/                 the pipeline: the full Stable Diffusion 1.x shape at toy width, 64 pixels
-    tests/shapes/train/*.tar       captioned pictures as WebDataset shards, named as img2dataset names them
+    tests/shapes/train/*.tar       captioned images as WebDataset shards, named as img2dataset names them
     tests/shapes/eval/*.tar        the same for the captions that nothing was trained on
 
 The world: one shape (circle, square, triangle, star) in one of eight colours on a background of another colour, 224
 triples in all, position and size varied. 96 triples (43 %) are held out: they are the evaluation prompts, and no
-picture of them is drawn for training, neither of the teacher nor in `shapes/train`. Every pair of colours occurs in
+image of them is drawn for training, neither of the teacher nor in `shapes/train`. Every pair of colours occurs in
 training with two shapes or three, so a held-out triple is a new combination of known words.
 
 The committed files were made by this command on one NVIDIA H100 in 233 seconds: 54 for the autoencoder, 150 for the
@@ -90,10 +90,10 @@ def _outline(shape: str) -> np.ndarray:
 
 
 def draw(shape: str, color: str, background: str, rng: random.Random) -> Image.Image:
-    """One picture of the world, RGB, 64 x 64.
+    """One image of the world, RGB, 64 x 64.
 
     `rng` gives the size (24 to 34 % of the side as radius) and the centre (within 10 % of the side around the
-    middle), so the same state of `rng` draws the same picture. It is drawn at four times the size and shrunk.
+    middle), so the same state of `rng` draws the same image. It is drawn at four times the size and shrunk.
     """
     radius = SIZE * rng.uniform(0.24, 0.34)
     centre = [SIZE * (0.5 + rng.uniform(-0.1, 0.1)) for _ in range(2)]
@@ -167,7 +167,7 @@ def _overlap(mask: np.ndarray, shape: str) -> float:
 
 
 def judge(image: Image.Image) -> Reading:
-    """Read shape, colour and background off a picture; None for each that can't be read.
+    """Read shape, colour and background off an image; None for each that can't be read.
 
     Nothing here is learnt. A pixel has a colour if it is within 85 of it (Euclidean, RGB; no two colours are nearer
     than 160 to each other).
@@ -175,7 +175,7 @@ def judge(image: Image.Image) -> Reading:
     - Colour: the colour, other than the background, of at least 5 % of all pixels and of at least 80 % of those
       that have a colour other than the background.
     - Shape: every pixel is placed on the line from background to colour. At least 95 % of them must lie near that
-      line, else the picture is no flat shape. What is left is a mask between 0 and 1, compared with each of the four
+      line, else the image is no flat shape. What is left is a mask between 0 and 1, compared with each of the four
       shapes drawn at the mask's own area and centroid. The best intersection over union names the shape, if it is at
       least 0.85 and 0.02 above the second best: a wobbly outline passes, a blot, two shapes or a bar does not.
     """
@@ -214,9 +214,9 @@ def caption_accuracy(
     guidance_scale: float = 3.0,
     batch_size: int = 48,
 ) -> dict[str, float]:
-    """Paint one picture for each triple and let the judge read it.
+    """Paint one image for each triple and let the judge read it.
 
-    Picture number i starts from its own noise, drawn from `seed` and i alone (and from none of the seeds used in
+    Image number i starts from its own noise, drawn from `seed` and i alone (and from none of the seeds used in
     training), so that two pipelines can be compared on the same noise whatever the batch size. The sampler is
     DPM-Solver++, whatever scheduler the pipeline has; the pipeline itself isn't changed.
 
@@ -238,7 +238,7 @@ def paint(
     guidance_scale: float = 3.0,
     batch_size: int = 48,
 ) -> list[Image.Image]:
-    """The pictures that `caption_accuracy` judges, one for each triple."""
+    """The images that `caption_accuracy` judges, one for each triple."""
     sampler = StableDiffusionPipeline(
         **pipeline.components | {"scheduler": DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)},
         requires_safety_checker=False,
@@ -260,7 +260,7 @@ def paint(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and shards
+# Images and shards
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,14 +270,14 @@ def _draw_array(task: tuple[Triple, int]) -> np.ndarray:
 
 
 def draw_many(triples: Sequence[Triple], first_seed: int) -> np.ndarray:
-    """One picture for each triple, uint8 [n, 64, 64, 3], drawn on all cores; picture i has the seed first_seed + i."""
+    """One image for each triple, uint8 [n, 64, 64, 3], drawn on all cores; image i has the seed first_seed + i."""
     tasks = [(triple, first_seed + number) for number, triple in enumerate(triples)]
     with ProcessPoolExecutor() as pool:
         return np.stack(list(pool.map(_draw_array, tasks, chunksize=500)))
 
 
 def write_shards(folder: Path, triples: Sequence[Triple], first_seed: int, per_shard: int) -> None:
-    """Write one captioned picture for each triple as `00000.tar`, `00001.tar`, ..., the same bytes every time."""
+    """Write one captioned image for each triple as `00000.tar`, `00001.tar`, ..., the same bytes every time."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, start in enumerate(range(0, len(triples), per_shard)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -444,12 +444,12 @@ def _as_cuda_graph(
     return replay
 
 
-def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, batch_size: int) -> None:
-    """Train the autoencoder on pictures, uint8 [n, 3, 64, 64]: absolute and squared error and a little KL."""
+def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, batch_size: int) -> None:
+    """Train the autoencoder on images, uint8 [n, 3, 64, 64]: absolute and squared error and a little KL."""
 
     def loss_function() -> torch.Tensor:
-        index = torch.randint(len(pictures), (batch_size,), device=pictures.device)
-        batch = pictures[index].float() / 127.5 - 1
+        index = torch.randint(len(images), (batch_size,), device=images.device)
+        batch = images[index].float() / 127.5 - 1
         posterior = vae.encode(batch).latent_dist
         error = vae.decode(posterior.sample()).sample - batch
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
@@ -458,15 +458,15 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, batch_size
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of pictures, uint8 [n, 3, 64, 64]: twice [n, 4, 8, 8], unscaled."""
-    posteriors = [vae.encode(lot.float() / 127.5 - 1).latent_dist for lot in pictures.split(500)]
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of images, uint8 [n, 3, 64, 64]: twice [n, 4, 8, 8], unscaled."""
+    posteriors = [vae.encode(lot.float() / 127.5 - 1).latent_dist for lot in images.split(500)]
     return torch.cat([p.mean for p in posteriors]).contiguous(), torch.cat([p.std for p in posteriors]).contiguous()
 
 
 @torch.no_grad()
 def reconstruction_accuracy(vae: AutoencoderKL, triples: Sequence[Triple], first_seed: int) -> float:
-    """How often the judge reads a picture right after it went through the autoencoder."""
+    """How often the judge reads an image right after it went through the autoencoder."""
     drawn = np.stack([_draw_array((triple, first_seed + number)) for number, triple in enumerate(triples)])
     latents, _ = encode(vae, torch.from_numpy(drawn).permute(0, 3, 1, 2).to(vae.device))
     decoded = torch.cat([vae.decode(lot).sample for lot in latents.split(100)])
@@ -522,8 +522,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output_dir", type=Path, default=Path(__file__).parent, help="Where tiny-sd/ and shapes/ go."
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--pictures", type=int, default=40_000, help="Number of pictures to train on.")
-    parser.add_argument("--vae_steps", type=int, default=4_000, help="Steps of 64 pictures for the autoencoder.")
+    parser.add_argument("--pictures", type=int, default=40_000, help="Number of images to train on.")
+    parser.add_argument("--vae_steps", type=int, default=4_000, help="Steps of 64 images for the autoencoder.")
     parser.add_argument(
         "--unet_steps", type=int, default=4_000, help="Steps of 512 latents for text encoder and U-Net."
     )
@@ -540,7 +540,7 @@ def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
     folder, shapes = args.output_dir / "tiny-sd", args.output_dir / "shapes"
     print(
-        f"Draws {args.pictures} pictures, trains an autoencoder for {args.vae_steps} steps and a text encoder and a "
+        f"Draws {args.pictures} images, trains an autoencoder for {args.vae_steps} steps and a text encoder and a "
         f"U-Net for {args.unet_steps} steps on {args.device}, and writes {folder} and {shapes}.",
         flush=True,
     )
@@ -552,19 +552,19 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("high")
 
-    # 2. The shards that are committed, and the pictures that only this script sees; each has seeds of its own.
+    # 2. The shards that are committed, and the images that only this script sees; each has seeds of its own.
     train_triples, held_out = training_triples(), evaluation_prompts()
     random.Random(SEED).shuffle(train_triples)
     write_shards(shapes / "train", repeat(train_triples, 800), first_seed=1_000_000, per_shard=200)
     write_shards(shapes / "eval", repeat(held_out, 192), first_seed=2_000_000, per_shard=192)
     triples = repeat(train_triples, args.pictures)
-    pictures = torch.from_numpy(draw_many(triples, first_seed=3_000_000)).permute(0, 3, 1, 2).to(args.device)
+    images = torch.from_numpy(draw_many(triples, first_seed=3_000_000)).permute(0, 3, 1, 2).to(args.device)
 
     # 3. The autoencoder; rounded to what is stored before anything is built on its latents.
     vae = build_vae().to(args.device)
-    train_vae(vae, pictures, args.vae_steps, batch_size=64)
+    train_vae(vae, images, args.vae_steps, batch_size=64)
     round_to_half(vae.eval())
-    mean, std = encode(vae, pictures)
+    mean, std = encode(vae, images)
     scale = 1 / (mean + std * torch.randn_like(mean)).std().item()  # of samples, as the U-Net sees them
     vae.register_to_config(scaling_factor=scale)
 

@@ -4,7 +4,7 @@
     python tests/measure_quality.py --output_dir quality
 
 runs the README's quickstart once for every seed, and once more with the task loss alone (same steps, schedule, data
-order and noise), lets the judge of `make_tiny_sd.py` read the pictures of teacher, pruned student and both trained
+order and noise), lets the judge of `make_tiny_sd.py` read the images of teacher, pruned student and both trained
 students (the held-out prompts, 20 steps of DPM-Solver++, the same noise for all), and writes
 `quality/quality.json` and the README's table.
 """
@@ -46,7 +46,7 @@ def quickstart_flags() -> list[str]:
 
 
 def train(flags: Sequence[str], output_dir: Path) -> float:
-    """One run in a process of its own, without pictures; returns its seconds."""
+    """One run in a process of its own, without images; returns its seconds."""
     started = time.perf_counter()
     line = [sys.executable, "distill_training.py", *quickstart_flags(), *flags, "--output_dir", str(output_dir)]
     log = output_dir.with_suffix(".log")

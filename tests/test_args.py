@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from conftest import SCRIPT, make_pipeline, run_script, toy_pictures, write_imagefolder
+from helpers import SCRIPT, make_pipeline, run_script, toy_images, write_imagefolder
 from torchvision.transforms import InterpolationMode
 
 import distill_training as dt
@@ -542,7 +542,7 @@ def test_fp16_on_a_cpu(refused_run: Callable[..., str], tmp_path: Path) -> None:
 
 
 def test_image_column_that_is_not_there(refused_run: Callable[..., str], tmp_path: Path) -> None:
-    folder = write_imagefolder(tmp_path / "pictures", toy_pictures(2))
+    folder = write_imagefolder(tmp_path / "images", toy_images(2))
     data = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
     sentence = refused_run(["--image_column", "picture"], data)
     assert sentence == "--image_column picture is not there; the columns are image, text."

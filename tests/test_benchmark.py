@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer
+from helpers import ROOT, make_tokenizer
 from PIL import Image
 
 import distill_training as dt

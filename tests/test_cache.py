@@ -24,19 +24,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_tokenizer, write_tar
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
+from helpers import ROOT, assert_same_batches, data_args, dataset_of, flags, make_tokenizer, train, write_tar
 from PIL import Image
-from test_data import assert_same, data_args, dataset_of
-from test_train import flags, train
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import distill_training as dt
 
-SIDE = 16  # pixels of the pictures, which have 2 x 2 latents then
+SIDE = 16  # pixels of the images, which have 2 x 2 latents then
 
 
 def png(number: int, side: int = SIDE, width: int | None = None) -> bytes:
@@ -47,7 +45,7 @@ def png(number: int, side: int = SIDE, width: int | None = None) -> bytes:
 
 
 def samples(count: int, side: int = SIDE) -> list[dict[str, bytes]]:
-    """Pictures with one to four captions each."""
+    """Images with one to four captions each."""
     captions = [[f"{'abcdefghij'[i % 10]} {word}" for word in "wxyz"[: 1 + i % 4]] for i in range(count)]
     return [{"png": png(i, side), "json": json.dumps({"text": captions[i]}).encode()} for i in range(count)]
 
@@ -77,7 +75,7 @@ def contents(dataset: dt.DistillationDataset) -> dict[str, bytes]:
 
 
 def assert_latents_of(example: dict[str, torch.Tensor], pixel_values: torch.Tensor, vae: AutoencoderKL) -> None:
-    """They are this picture's but for rounding, which lies far below what tells toy pictures apart."""
+    """They are this image's but for rounding, which lies far below what tells toy images apart."""
     mean, std = dt.encode_images(vae, pixel_values[None])
     torch.testing.assert_close(example["latent_mean"].float(), mean[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(example["latent_std"].float(), std[0], rtol=1e-3, atol=1e-4)
@@ -184,9 +182,9 @@ def test_both_variants_of_a_flip_are_read(tmp_path: Path, teacher: Path, folder:
     whole = dataset_of(cache_args(teacher, folder, tmp_path))  # without --random_flip
     mirrored, dataset, uncached = Counter(), cached(args, vae), dataset_of(args)
     for epoch, row in itertools.product(range(8), range(12)):
-        picture, seen = whole[(0, row)]["pixel_values"], uncached[(epoch, row)]["pixel_values"]
-        flipped = torch.equal(seen, picture.flip(-1))
-        assert flipped or torch.equal(seen, picture)
+        image, seen = whole[(0, row)]["pixel_values"], uncached[(epoch, row)]["pixel_values"]
+        flipped = torch.equal(seen, image.flip(-1))
+        assert flipped or torch.equal(seen, image)
         assert_latents_of(dataset[(epoch, row)], seen, vae)
         mirrored[row] += flipped
     assert len(mirrored) == 12 and all(0 < count < 8 for count in mirrored.values())
@@ -281,7 +279,7 @@ def test_workers_change_nothing(tmp_path: Path, teacher: Path, folder: Path, vae
     parallel = cache_args(teacher, folder, tmp_path / "2", random_flip=flip, dataloader_num_workers=2)
     alone, shared = cached(plain, vae), cached(parallel, vae)
     assert contents(alone) == contents(shared) and len(contents(alone)) == 3
-    assert_same(batches_of(alone, plain, 5), batches_of(shared, parallel, 5))
+    assert_same_batches(batches_of(alone, plain, 5), batches_of(shared, parallel, 5))
 
 
 def test_half_precision_holds_every_deviation() -> None:
@@ -331,7 +329,7 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
     short.model_max_length = 12
     added.add_tokens(["wx"])
     caption = [{**data[0], "json": data[1]["json"]}, *data[1:]]
-    picture = [*data[:3], {**data[3], "png": png(99)}]
+    image = [*data[:3], {**data[3], "png": png(99)}]
     first = key("data")
     assert len(list(cache.iterdir())) == 1
     same = {
@@ -357,7 +355,7 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
         "interpolation": key("data", image_interpolation_mode="bilinear"),
         "tokens": key("data", tokenizer=short),
         "vocabulary": key("data", tokenizer=added),
-        "picture": key("picture", picture),
+        "image": key("image", image),
         "caption": key("caption", caption),
         "added": key("added", other),
         "fewer": key("data", max_train_samples=3),
@@ -405,7 +403,7 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path, teacher: Path, folder: Pa
         found = dataset[(0, 6)]  # a run that is under way leaves it out, and says so
         assert found["counts"][dt.UNREADABLE] > 0 and not torch.equal(found["latent_mean"], good["latent_mean"])
         assert contents(cached(args, vae)) == whole
-        assert_same([dataset[(0, 6)]], [good])
+        assert_same_batches([dataset[(0, 6)]], [good])
     assert {path.name: path.stat().st_mtime_ns for path in files.glob("0000[02].npy")} == {
         name: times[name] for name in ("00000.npy", "00002.npy")
     }
@@ -416,7 +414,7 @@ DRIVER = """
 import sys
 import torch
 from accelerate import Accelerator
-from conftest import make_tokenizer
+from helpers import make_tokenizer
 from diffusers import AutoencoderKL
 import distill_training as dt
 

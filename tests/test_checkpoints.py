@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import UNET_CONFIG
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from helpers import UNET_CONFIG, same_tensors
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -113,11 +113,6 @@ def toy_student(seed: int) -> UNet2DConditionModel:
     return dt.build_student(UNet2DConditionModel(**UNET_CONFIG), "sd_tiny")
 
 
-def same_tensors(left: torch.nn.Module, right: torch.nn.Module) -> bool:
-    found, wanted = left.state_dict(), right.state_dict()
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
 def register(accelerator: Accelerator, ema: EMAModel | None) -> None:
     save, load = dt.checkpoint_hooks(accelerator, ema)
     accelerator.register_save_state_pre_hook(save)
@@ -214,15 +209,15 @@ def read_card(folder: Path) -> ModelCard:
 
 
 @pytest.mark.parametrize("prompts", [[], ["a red circle", "a blue square"]], ids=["no-prompts", "prompts"])
-@pytest.mark.parametrize("pictures", [None, [], [BLACK], [BLACK, BLACK]], ids=["none", "empty", "one", "two"])
+@pytest.mark.parametrize("images", [None, [], [BLACK], [BLACK, BLACK]], ids=["none", "empty", "one", "two"])
 @pytest.mark.parametrize("facts", [None, {"Student's U-Net": "323,384,964 parameters", "Final loss": "0.123"}])
 def test_card_with_and_without_everything(
-    tmp_path: Path, prompts: list[str], pictures: list[Image.Image] | None, facts: dict[str, str] | None
+    tmp_path: Path, prompts: list[str], images: list[Image.Image] | None, facts: dict[str, str] | None
 ) -> None:
     flags = ["--dataset_name", "someone/pictures", "--hub_token", "hf_secret"]
     flags += ["--validation_prompts", *prompts] if prompts else []
     args = card_args("someone/teacher", *flags)
-    dt.save_model_card(args, "me/small", pictures, str(tmp_path), facts)
+    dt.save_model_card(args, "me/small", images, str(tmp_path), facts)
     card = read_card(tmp_path)
     assert card.data.base_model == "someone/teacher"
     assert card.data.datasets == ["someone/pictures"]
@@ -234,9 +229,9 @@ def test_card_with_and_without_everything(
     if facts:
         assert "| Student's U-Net | 323,384,964 parameters |" in card.text and "| Final loss | 0.123 |" in card.text
     written = {path.name for path in tmp_path.iterdir()}
-    if pictures:
+    if images:
         assert written == {"README.md", "val_imgs_grid.png"} and "(./val_imgs_grid.png)" in card.text
-        assert Image.open(tmp_path / "val_imgs_grid.png").size == (8 * len(pictures), 8)
+        assert Image.open(tmp_path / "val_imgs_grid.png").size == (8 * len(images), 8)
     else:
         assert written == {"README.md"} and "val_imgs_grid" not in card.text
     assert ('pipeline("a red circle")' in card.text) == bool(prompts)

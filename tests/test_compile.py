@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from conftest import UNET_CONFIG
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from test_train import train, unet_weights, watched
+from helpers import UNET_CONFIG, train, unet_weights, watched
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import distill_training as dt

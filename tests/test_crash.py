@@ -22,9 +22,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from launcher import SCRIPT, Launcher, Run, shared_launcher
-from test_resume import assert_same_checkpoint
-from test_train import assert_equal, flags, train, unet_weights
+from helpers import SCRIPT, assert_equal, assert_same_checkpoint, flags, train, unet_weights
+from launcher import Launcher, Run
 
 import distill_training as dt
 
@@ -42,11 +41,6 @@ PARTS = {
     "unet_ema/config.json", "unet_ema/diffusion_pytorch_model.safetensors",
     "optimizer.bin", "scheduler.bin", "random_states_0.pkl",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Launcher:
-    return shared_launcher()
 
 
 @pytest.fixture(scope="module")
@@ -663,7 +657,7 @@ def test_a_signal_to_all_processes_under_torchrun(tmp_path: Path, teacher: Path,
     assert ranks == {"random_states_0.pkl", "random_states_1.pkl"}
 
 
-def test_a_signal_gives_up_the_validation_pictures(
+def test_a_signal_gives_up_the_validation_images(
     tmp_path: Path,
     teacher: Path,
     shards: Path,

@@ -1,4 +1,4 @@
-"""What the trainer makes of shards, image folders, hub tables and of pictures in every mode."""
+"""What the trainer makes of shards, image folders, hub tables and of images in every mode."""
 
 import argparse
 import contextlib
@@ -18,7 +18,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_tokenizer, toy_pictures, write_imagefolder, write_shards, write_tar
+from helpers import (
+    assert_same_batches,
+    data_args,
+    dataset_of,
+    make_tokenizer,
+    toy_images,
+    write_imagefolder,
+    write_shards,
+    write_tar,
+)
 from PIL import Image
 
 import distill_training as dt
@@ -30,43 +39,22 @@ def file_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> byte
     return buffer.getvalue()
 
 
-def data_args(teacher: Path, **settings: object) -> argparse.Namespace:
-    flags = {"resolution": 32, "train_batch_size": 4, "seed": 3, "center_crop": True, **settings}
-    line = ["--pretrained_model_name_or_path", str(teacher), "--output_dir", "unused-output"]
-    for name, value in flags.items():
-        if value is not False:
-            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return dt.parse_args(line)
-
-
-def dataset_of(args: argparse.Namespace) -> dt.DistillationDataset | dt.StreamingDataset:
-    return dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))
-
-
 def batches_of(args: argparse.Namespace, count: int, first: int = 0) -> list[dict[str, torch.Tensor]]:
     loader = dt.make_dataloader(dataset_of(args), args, Accelerator(cpu=True), first)
     return list(itertools.islice(loader, count))
 
 
-def assert_same(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor]]) -> None:
-    assert len(left) == len(right) > 0
-    for one, other in zip(left, right, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), key
+@pytest.fixture(scope="module")
+def images() -> list[tuple[bytes, str]]:
+    return toy_images(12, size=(48, 40))
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[tuple[bytes, str]]:
-    return toy_pictures(12, size=(48, 40))
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory, pictures: list[tuple[bytes, str]]) -> Path:
-    """The same pictures as a dataset repository of two parquet files."""
+def table(tmp_path_factory: pytest.TempPathFactory, images: list[tuple[bytes, str]]) -> Path:
+    """The same images as a dataset repository of two parquet files."""
     folder = tmp_path_factory.mktemp("table")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    for part, rows in enumerate((pictures[:6], pictures[6:])):
+    for part, rows in enumerate((images[:6], images[6:])):
         columns = {"image": [{"bytes": data, "path": None} for data, _ in rows], "text": [text for _, text in rows]}
         path = folder / "data" / f"train-0000{part}-of-00002.parquet"
         path.parent.mkdir(exist_ok=True)
@@ -74,7 +62,7 @@ def table(tmp_path_factory: pytest.TempPathFactory, pictures: list[tuple[bytes, 
     return folder
 
 
-# --- pictures -------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
 def test_every_mode_arrives_as_correct_rgb() -> None:
@@ -147,14 +135,14 @@ def test_a_caption_may_be_a_list_and_is_padded() -> None:
 # --- shards ---------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_read_in_place(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
-    rows = dt.TarShards(write_shards(tmp_path, pictures, per_shard=5), "text")
-    assert [(row["image"]["bytes"], row["text"]) for row in rows] == pictures
+def test_shards_are_read_in_place(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
+    rows = dt.TarShards(write_shards(tmp_path, images, per_shard=5), "text")
+    assert [(row["image"]["bytes"], row["text"]) for row in rows] == images
     assert rows.places.nbytes <= 30 * 12
 
 
-def test_shards_with_json_captions_and_strangers(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
-    image = pictures[0][0]
+def test_shards_with_json_captions_and_strangers(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
+    image = images[0][0]
     samples = [
         {"json": json.dumps({"caption": "from json"}).encode(), "PNG": image},
         {"png": image, "json": json.dumps({"text": ["one", "two"], "caption": "no"}).encode()},
@@ -175,29 +163,27 @@ def test_shards_with_json_captions_and_strangers(tmp_path: Path, pictures: list[
     assert dt.TarShards(tmp_path, "text")[5] == {"image": {"bytes": image}, "text": "ünïcode"}
 
 
-def write_manifest(folder: Path, pictures: list[tuple[bytes, str]]) -> dict:
-    write_shards(folder, pictures, per_shard=5)
+def write_manifest(folder: Path, images: list[tuple[bytes, str]]) -> dict:
+    write_shards(folder, images, per_shard=5)
     shards = []
     for number, path in enumerate(sorted(folder.glob("*.tar"))):
-        part = pictures[5 * number : 5 * number + 5]
+        part = images[5 * number : 5 * number + 5]
         sizes = {"image_bytes": [len(data) for data, _ in part], "caption_bytes": [len(text) for _, text in part]}
         shards.append({"name": path.name, "bytes": path.stat().st_size, "count": len(part), **sizes})
     (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
     return {"shards": shards}
 
 
-def test_a_manifest_gives_the_same_samples(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
-    write_manifest(tmp_path, pictures)
+def test_a_manifest_gives_the_same_samples(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
+    write_manifest(tmp_path, images)
     write_tar(tmp_path / "unfinished.tar", [{"png": b"not named by the manifest", "txt": b"x"}])
     rows = dt.TarShards(tmp_path, "text")
-    assert [(row["image"]["bytes"], row["text"]) for row in rows] == pictures
+    assert [(row["image"]["bytes"], row["text"]) for row in rows] == images
 
 
 @pytest.mark.parametrize("damage", ["gone", "longer", "counts"])
-def test_a_manifest_that_does_not_fit_is_refused(
-    tmp_path: Path, pictures: list[tuple[bytes, str]], damage: str
-) -> None:
-    manifest = write_manifest(tmp_path, pictures)
+def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, images: list[tuple[bytes, str]], damage: str) -> None:
+    manifest = write_manifest(tmp_path, images)
     if damage == "gone":
         (tmp_path / "00001.tar").unlink()
     elif damage == "longer":
@@ -211,8 +197,8 @@ def test_a_manifest_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("keep", [0, 100, 700, "header", "no end"])
-def test_a_cut_shard_is_one_sentence(tmp_path: Path, pictures: list[tuple[bytes, str]], keep: int | str) -> None:
-    write_shards(tmp_path, pictures, per_shard=12)
+def test_a_cut_shard_is_one_sentence(tmp_path: Path, images: list[tuple[bytes, str]], keep: int | str) -> None:
+    write_shards(tmp_path, images, per_shard=12)
     path = tmp_path / "00000.tar"
     data = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -227,12 +213,12 @@ def test_a_cut_shard_is_one_sentence(tmp_path: Path, pictures: list[tuple[bytes,
 
 
 def test_every_source_gives_the_same_batches(
-    tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]], table: Path
+    tmp_path: Path, teacher: Path, images: list[tuple[bytes, str]], table: Path
 ) -> None:
     cache = tmp_path / "cache"
     sources = {
-        "shards": {"train_data_dir": write_shards(tmp_path / "shards", pictures, per_shard=5)},
-        "imagefolder": {"train_data_dir": write_imagefolder(tmp_path / "folder", pictures), "cache_dir": cache},
+        "shards": {"train_data_dir": write_shards(tmp_path / "shards", images, per_shard=5)},
+        "imagefolder": {"train_data_dir": write_imagefolder(tmp_path / "folder", images), "cache_dir": cache},
         "table": {"dataset_name": table, "cache_dir": cache},
         "stream": {"dataset_name": table, "streaming": True, "max_train_steps": 1, "cache_dir": cache},
     }
@@ -249,10 +235,10 @@ def test_every_source_gives_the_same_batches(
     for examples in in_order.values():
         assert len(examples) == 12
     for name in ("imagefolder", "table"):
-        assert_same(in_order["shards"], in_order[name])
-        assert_same(shuffled["shards"], shuffled[name])
+        assert_same_batches(in_order["shards"], in_order[name])
+        assert_same_batches(shuffled["shards"], shuffled[name])
     centre = [dataset_of(data_args(teacher, **sources[name])) for name in ("shards", "stream")]
-    assert_same(*([dt.collate_fn(list(itertools.islice(iter(source), 12)))] for source in centre))
+    assert_same_batches(*([dt.collate_fn(list(itertools.islice(iter(source), 12)))] for source in centre))
     assert not torch.equal(shuffled["shards"][0]["pixel_values"], shuffled["shards"][3]["pixel_values"])
 
 
@@ -265,8 +251,8 @@ def test_shuffled_batches_start_anywhere(
     for source in (local, stream):
         args = data_args(teacher, cache_dir=tmp_path, **source)
         whole = batches_of(args, 9)
-        assert_same(whole[5:], batches_of(args, 4, first=5))
-    assert_same(batches_of(data_args(teacher, **local), 7), batches_of(data_args(teacher, **local), 7))
+        assert_same_batches(whole[5:], batches_of(args, 4, first=5))
+    assert_same_batches(batches_of(data_args(teacher, **local), 7), batches_of(data_args(teacher, **local), 7))
 
 
 def test_ranks_share_every_epoch() -> None:
@@ -287,8 +273,8 @@ def test_ranks_share_every_epoch() -> None:
 # --- what cannot be used --------------------------------------------------------------------------------------
 
 
-def damaged(pictures: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
-    samples = list(pictures)
+def damaged(images: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
+    samples = list(images)
     samples[1] = (samples[1][0][:200], samples[1][1])  # cut
     samples[4] = (b"<html>not found</html>", samples[4][1])
     samples[6] = (samples[6][0], "  \n")
@@ -297,14 +283,14 @@ def damaged(pictures: list[tuple[bytes, str]]) -> list[tuple[bytes, str]]:
 
 
 def test_broken_samples_are_replaced_and_counted(
-    tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]]
+    tmp_path: Path, teacher: Path, images: list[tuple[bytes, str]]
 ) -> None:
-    args = data_args(teacher, train_data_dir=write_shards(tmp_path, damaged(pictures)), resolution=16)
-    whole = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path / "whole", pictures), resolution=16))
+    args = data_args(teacher, train_data_dir=write_shards(tmp_path, damaged(images)), resolution=16)
+    whole = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path / "whole", images), resolution=16))
     dataset = dataset_of(args)
     for index in range(12):
         example, again = dataset[(2, index)], dataset[(2, index)]
-        assert_same([example], [again])
+        assert_same_batches([example], [again])
         good = [i for i in range(12) if torch.equal(example["pixel_values"], whole[(2, i)]["pixel_values"])]
         assert len(good) == 1 and good[0] not in (1, 4, 6, 9)
         assert (good == [index]) == (example["counts"][:2].sum() == 0) == (index not in (1, 4, 6, 9))
@@ -345,7 +331,7 @@ def test_a_stream_fills_the_place_of_a_broken_row(tmp_path: Path, teacher: Path,
 
 
 def test_only_when_nothing_is_usable_is_it_fatal(tmp_path: Path, teacher: Path) -> None:
-    samples = [(b"broken", "text")] * 3 + [(toy_pictures(1)[0][0], "")] * 2
+    samples = [(b"broken", "text")] * 3 + [(toy_images(1)[0][0], "")] * 2
     dataset = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path, samples)))
     with pytest.raises(dt.UserError, match="None of the 5 .*: 3 with a broken image, 2 with an empty caption"):
         dataset[0]
@@ -378,21 +364,21 @@ def test_wrong_columns_are_named(tmp_path: Path, teacher: Path, columns: dict[st
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.Value("string"), "number": datasets.Value("int64")}
     )
-    data = {"image": [{"bytes": toy_pictures(1)[0][0], "path": None}], "text": ["a"], "number": [1]}
+    data = {"image": [{"bytes": toy_images(1)[0][0], "path": None}], "text": ["a"], "number": [1]}
     datasets.Dataset.from_dict(data, features=features).to_parquet(tmp_path / "table" / "train.parquet")
     with pytest.raises(dt.UserError, match=message):
         dataset_of(data_args(teacher, dataset_name=tmp_path / "table", cache_dir=tmp_path / "cache", **columns))
 
 
 def test_an_image_folder_without_captions_names_its_columns(tmp_path: Path, teacher: Path) -> None:
-    folder = write_imagefolder(tmp_path / "folder", toy_pictures(3))
+    folder = write_imagefolder(tmp_path / "folder", toy_images(3))
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(dt.UserError, match="--caption_column text is not there; the columns are image"):
         dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
 
 
-def test_a_manifest_of_something_else_is_named(tmp_path: Path, pictures: list[tuple[bytes, str]]) -> None:
-    (write_shards(tmp_path, pictures) / "manifest.json").write_text("{}")
+def test_a_manifest_of_something_else_is_named(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
+    (write_shards(tmp_path, images) / "manifest.json").write_text("{}")
     with pytest.raises(dt.UserError, match="manifest.json is not one that data.py wrote"):
         dt.TarShards(tmp_path, "text")
 
@@ -412,8 +398,8 @@ def test_a_strip_is_cropped_before_it_is_resized(tmp_path: Path, teacher: Path) 
     assert dataset[0]["pixel_values"].shape == (3, 64, 64) and sizes == [(1, 16)]
 
 
-def test_images_in_an_archive_are_read(tmp_path: Path, teacher: Path, pictures: list[tuple[bytes, str]]) -> None:
-    folder = write_imagefolder(tmp_path / "folder", pictures)
+def test_images_in_an_archive_are_read(tmp_path: Path, teacher: Path, images: list[tuple[bytes, str]]) -> None:
+    folder = write_imagefolder(tmp_path / "folder", images)
     (tmp_path / "zipped").mkdir()
     with zipfile.ZipFile(tmp_path / "zipped" / "train.zip", "w") as archive:
         for path in folder.iterdir():
@@ -421,14 +407,14 @@ def test_images_in_an_archive_are_read(tmp_path: Path, teacher: Path, pictures: 
     args = data_args(teacher, dataset_name=tmp_path / "zipped", cache_dir=tmp_path / "cache")
     local = dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
     for one, other in zip(dataset_of(args), local, strict=True):
-        assert_same([one], [other])
+        assert_same_batches([one], [other])
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_a_stream_is_shared_out(tmp_path: Path, teacher: Path, table: Path, ranks: int, workers: int) -> None:
     source = {"dataset_name": table, "streaming": True, "max_train_steps": 1, "cache_dir": tmp_path}
     args = data_args(teacher, dataloader_num_workers=workers, train_batch_size=1, **source)
-    pictures = []
+    images = []
     for rank in range(ranks):
         accelerator = SimpleNamespace(
             process_index=rank,
@@ -438,15 +424,15 @@ def test_a_stream_is_shared_out(tmp_path: Path, teacher: Path, table: Path, rank
         )
         dataset = dt.make_train_dataset(args, make_tokenizer(), accelerator)
         batches = dt.make_dataloader(dataset, args, accelerator, 0)
-        pictures += [batch["pixel_values"] for batch in itertools.islice(batches, 12 // ranks)]
-    assert len({picture.numpy().tobytes() for picture in pictures}) == 12
+        images += [batch["pixel_values"] for batch in itertools.islice(batches, 12 // ranks)]
+    assert len({image.numpy().tobytes() for image in images}) == 12
 
 
 def test_a_stream_that_breaks_off_is_one_sentence() -> None:
-    picture, caption = toy_pictures(1)[0]
+    image, caption = toy_images(1)[0]
 
     def rows() -> Iterator[dict[str, Any]]:
-        yield {"image": {"bytes": picture, "path": None}, "text": caption}
+        yield {"image": {"bytes": image, "path": None}, "text": caption}
         raise OSError("connection reset")
 
     preparation = {"transform": dt.image_transforms(64, True, False), "tokenizer": make_tokenizer()}

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import datasets
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, make_tokenizer, run_script, toy_pictures, write_shards
+from helpers import QUICK_STREAMS, ROOT, make_tokenizer, run_script, toy_images, write_shards
 from servers import HubServer, Server
 
 import distill_training as dt
@@ -69,12 +69,13 @@ class RangedHub(HubServer):
             super().answer(request)
 
 
-STREAM = """
+STREAM = f"""
 import sys
+{QUICK_STREAMS}
 sys.path[:0] = sys.argv[1:3]
 import torch
 from accelerate import Accelerator
-from conftest import make_tokenizer
+from helpers import make_tokenizer
 import distill_training as dt
 args = dt.parse_args(sys.argv[4:])
 stream = iter(dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True)))
@@ -84,9 +85,9 @@ dt.main(dt.parse_args(sys.argv[4:]))
 
 
 def test_a_stream_from_the_hub_gives_the_same_batch_and_trains(tmp_path: Path, teacher: Path) -> None:
-    pictures = toy_pictures(12)
+    images = toy_images(12)
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    for part, rows in enumerate((pictures[:6], pictures[6:])):
+    for part, rows in enumerate((images[:6], images[6:])):
         columns = {"image": [{"bytes": data, "path": None} for data, _ in rows], "text": [text for _, text in rows]}
         path = tmp_path / "repository" / "data" / f"train-0000{part}-of-00002.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def test_a_stream_from_the_hub_gives_the_same_batch_and_trains(tmp_path: Path, t
         hub.close()
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "model_index.json").exists()
-    shards = write_shards(tmp_path / "shards", pictures)
+    shards = write_shards(tmp_path / "shards", images)
     args = dt.parse_args([*training_flags(teacher, tmp_path / "unused"), "--train_data_dir", str(shards)])
     dataset = dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))
     streamed, local = torch.load(tmp_path / "batch.pt"), dt.collate_fn([dataset[i] for i in range(12)])

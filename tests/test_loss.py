@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import UNET_CONFIG
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from helpers import UNET_CONFIG
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 

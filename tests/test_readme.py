@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import UNet2DConditionModel
+from helpers import ROOT
 
 import data
 import distill_training as dt

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,24 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_tokenizer, toy_pictures, write_imagefolder, write_shards, write_tar
-from launcher import Launcher, shared_launcher
+from helpers import (
+    QUICK_STREAMS,
+    assert_equal,
+    assert_same_checkpoint,
+    assert_same_nested,
+    flags,
+    make_tokenizer,
+    scalars,
+    toy_images,
+    train,
+    unet_weights,
+    watched,
+    write_imagefolder,
+    write_shards,
+    write_tar,
+)
+from launcher import Launcher
 from safetensors.torch import load_file, save_file
-from test_train import assert_equal, flags, scalars, train, unet_weights, watched
 
 import distill_training as dt
 
@@ -57,12 +71,7 @@ def test_every_pair_of_settings_is_covered() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The same samples from every source: pictures larger than they are trained on and no squares, so that crops differ.
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Launcher:
-    return shared_launcher()
+# The same samples from every source: images larger than they are trained on and no squares, so that crops differ.
 
 
 @pytest.fixture(autouse=True)
@@ -71,16 +80,13 @@ def quick_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
-QUICK_STREAMS = "import datasets; datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1"
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], dict[str, Any]]:
     root = tmp_path_factory.mktemp("sources")
-    pictures = toy_pictures(12, size=(52, 40))
+    images = toy_images(12, size=(52, 40))
     found: dict[tuple[str, bool], dict[str, Any]] = {}
     for several in (False, True):
-        captions: list[Any] = [[text, f"{text} again", "b"] if several else text for _, text in pictures]
+        captions: list[Any] = [[text, f"{text} again", "b"] if several else text for _, text in images]
         name = "several" if several else "one"
         folder = root / "shards" / name
         for start in (0, 6):
@@ -88,12 +94,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
                 {"png": data, "json": json.dumps({"caption": caption}).encode()}
                 if several
                 else {"png": data, "txt": caption.encode()}
-                for (data, _), caption in list(zip(pictures, captions, strict=True))[start : start + 6]
+                for (data, _), caption in list(zip(images, captions, strict=True))[start : start + 6]
             ]
             write_tar(folder / f"{start}.tar", samples, start)
         found["shards", several] = {"train_data_dir": folder}
 
-        folder = write_imagefolder(root / "imagefolder" / name, pictures)
+        folder = write_imagefolder(root / "imagefolder" / name, images)
         lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
         lines = [json.dumps(line | {"text": caption}) for line, caption in zip(lines, captions, strict=True)]
         (folder / "metadata.jsonl").write_text("\n".join(lines))
@@ -102,7 +108,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
         folder = root / "table" / name
         for start in range(0, 12, 3):  # four files: one for each worker of each of two processes
             columns = {
-                "image": [{"bytes": data, "path": None} for data, _ in pictures[start : start + 3]],
+                "image": [{"bytes": data, "path": None} for data, _ in images[start : start + 3]],
                 "text": captions[start : start + 3],
             }
             text = datasets.Value("string")
@@ -116,46 +122,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
 
 def test_lists_of_captions_are_read_from_shards(sources: dict[tuple[str, bool], dict[str, Any]]) -> None:
     rows = dt.TarShards(sources["shards", True]["train_data_dir"], "text")
-    assert [row["text"] for row in rows] == [[text, f"{text} again", "b"] for _, text in toy_pictures(12)]
+    assert [row["text"] for row in rows] == [[text, f"{text} again", "b"] for _, text in toy_images(12)]
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # What is compared.
-
-
-def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Equal to the last bit, whatever is nested in it."""
-    assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), where
-    elif isinstance(left, Mapping):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for index, (one, other) in enumerate(zip(left, right, strict=True)):
-            assert_same(one, other, f"{where}.{index}")
-    else:
-        assert left == right, where
-
-
-def assert_same_checkpoint(left: Path, right: Path) -> None:
-    files = [{str(path.relative_to(root)) for path in root.rglob("*")} for root in (left, right)]
-    assert files[0] == files[1]
-    for name in ("unet", "unet_ema"):
-        if (left / name).is_dir():
-            assert_equal(unet_weights(left / name), unet_weights(right / name))
-            assert_same(*(json.loads((root / name / "config.json").read_text()) for root in (left, right)), name)
-    for name in ("optimizer.bin", "scheduler.bin"):
-        states = [torch.load(root / name, weights_only=True) for root in (left, right)]
-        for state in states:
-            state.pop("_step_count", None)  # calls of `step`, which torch keeps for a warning only
-        assert_same(*states, name)
-    states = [json.loads((root / "trainer_state.json").read_text()) for root in (left, right)]
-    for state in states:
-        del state["max_train_steps"]  # how far the run was to go
-    assert_same(*states, "trainer_state")
 
 
 def assert_same_end(whole: Path, parts: Path, resumed_at: int, steps: int) -> None:
@@ -259,7 +230,7 @@ def test_skipping_reads_no_image(
     assert seen == {"rows": 0 if source == "stream" else 2, "decoded": 2}
     plain = dt.make_train_dataset(args, make_tokenizer(), accelerator)
     wanted = next(itertools.islice(dt.make_dataloader(plain, args, accelerator, first - 20), 20, None))
-    assert_same(batch, wanted)
+    assert_same_nested(batch, wanted)
     assert seen["decoded"] == 2 + 21 * 2
 
 
@@ -592,16 +563,16 @@ def test_a_resumed_average_remembers_nothing(
 def moved_data(shards: Path, target: Path, change: str) -> Path:
     if change == "nothing":
         return Path(shutil.copytree(shards, target))
-    pictures = [(row["image"]["bytes"], row["text"]) for row in dt.TarShards(shards, "text")]
+    images = [(row["image"]["bytes"], row["text"]) for row in dt.TarShards(shards, "text")]
     if change == "a caption":
-        pictures[7] = (pictures[7][0], pictures[7][1][:-1] + "z")  # as long as before
+        images[7] = (images[7][0], images[7][1][:-1] + "z")  # as long as before
     elif change == "an image":
-        pictures[7] = (toy_pictures(30)[-1][0], pictures[7][1])
+        images[7] = (toy_images(30)[-1][0], images[7][1])
     elif change == "one more":
-        pictures.append(pictures[0])
+        images.append(images[0])
     else:
-        pictures = pictures[::-1]
-    return write_shards(target, pictures)
+        images = images[::-1]
+    return write_shards(target, images)
 
 
 @pytest.mark.parametrize("change", ["nothing", "a caption", "an image", "one more", "order"])

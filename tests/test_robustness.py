@@ -17,20 +17,25 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import make_pipeline, toy_pictures, write_imagefolder, write_shards, write_tar
-from launcher import Launcher, shared_launcher
+from helpers import (
+    assert_equal,
+    flags,
+    make_pipeline,
+    scalars,
+    toy_images,
+    train,
+    unet_weights,
+    write_imagefolder,
+    write_shards,
+    write_tar,
+)
+from launcher import Launcher
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_train import assert_equal, flags, scalars, train, unet_weights
 
 import distill_training as dt
 
 SETTINGS: dict[str, Any] = {"resolution": 32, "distill_level": "sd_tiny"}
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Launcher:
-    return shared_launcher()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -38,9 +43,9 @@ def launcher() -> Launcher:
 
 
 def encoded(kind: str) -> bytes:
-    picture = Image.open(io.BytesIO(toy_pictures(1, size=(48, 40))[0][0]))
+    image = Image.open(io.BytesIO(toy_images(1, size=(48, 40))[0][0]))
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -49,7 +54,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def broken_images() -> dict[str, bytes]:
-    """Ten ways in which a picture's file is broken."""
+    """Ten ways in which an image file is broken."""
     jpeg, png, webp = encoded("JPEG"), encoded("PNG"), encoded("WEBP")
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return {
@@ -74,7 +79,7 @@ def test_each_of_the_ten_is_broken(way: str) -> None:
 
 
 def hundred_samples() -> list[tuple[bytes, str]]:
-    samples = toy_pictures(100, size=(48, 40))
+    samples = toy_images(100, size=(48, 40))
     for number, data in enumerate(broken_images().values()):
         samples[10 * number + number] = (data, samples[0][1])
     for number, caption in enumerate(("", "   ", "\n\t")):
@@ -109,7 +114,7 @@ def test_a_tenth_of_the_data_is_broken(tmp_path: Path, teacher: Path, caplog: py
 
 
 def test_only_one_of_two_ranks_meets_broken_data(tmp_path: Path, teacher: Path, launcher: Launcher) -> None:
-    samples = toy_pictures(40, size=(48, 40))
+    samples = toy_images(40, size=(48, 40))
     batches = iter(dt.SeededBatches(len(samples), 2, seed=11, rank=1, processes=2))
     hit = [row for _ in range(3) for _, row in next(batches)]  # what rank 1 gets in the first three steps
     ways = list(broken_images().values())
@@ -139,7 +144,7 @@ def during_step(
 def test_a_shard_vanishes_in_mid_run(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = write_shards(tmp_path / "data", toy_pictures(16), per_shard=4)
+    data = write_shards(tmp_path / "data", toy_images(16), per_shard=4)
     during_step(monkeypatch, lambda _run, _batch, micro: (data / "00002.tar").unlink(True) if micro == 1 else None)
     train(teacher, data, tmp_path / "out", **SETTINGS, max_train_steps=8)
     assert caplog.text.count("can no longer be read") == 1
@@ -151,7 +156,7 @@ def test_a_shard_vanishes_in_mid_run(
 def test_images_of_a_folder_vanish_in_mid_run(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = write_imagefolder(tmp_path / "data", toy_pictures(8))
+    data = write_imagefolder(tmp_path / "data", toy_images(8))
 
     def remove(_run: Any, _batch: Any, micro_batch: int) -> None:
         for path in sorted(data.glob("*.png"))[:4] if micro_batch == 0 else []:
@@ -165,7 +170,7 @@ def test_images_of_a_folder_vanish_in_mid_run(
 
 
 def test_all_data_vanishes(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write_shards(tmp_path / "data", toy_pictures(8), per_shard=4)
+    data = write_shards(tmp_path / "data", toy_images(8), per_shard=4)
     during_step(monkeypatch, lambda _run, _batch, micro: shutil.rmtree(data) if micro == 1 else None)
     settings = {"max_train_steps": 9, "checkpointing_steps": 1, "dataloader_num_workers": 0}
     with pytest.raises(dt.UserError, match="^None of the 8 training samples can be used: .* 8 that could not be read"):
@@ -176,7 +181,7 @@ def test_all_data_vanishes(tmp_path: Path, teacher: Path, monkeypatch: pytest.Mo
 def test_captions_of_another_type_count_as_empty(
     tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, _ = toy_pictures(1)[0]
+    data, _ = toy_images(1)[0]
     captions: list[Any] = ["a red circle", 5, None, {"en": "a"}, [], ["", " "], [7, "b"]]
     samples = [{"png": data, "json": json.dumps({"caption": caption}).encode()} for caption in captions]
     samples += [{"png": data, "json": b"[1]"}, {"png": data, "json": b"not json"}]

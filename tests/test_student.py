@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UNET_CONFIG
 from diffusers import UNet2DConditionModel
+from helpers import UNET_CONFIG, same_tensors
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -90,11 +90,6 @@ def toy_unet(**config: Any) -> UNet2DConditionModel:
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.3)
     return unet
-
-
-def same_tensors(left: nn.Module, right: nn.Module) -> bool:
-    found, wanted = left.state_dict(), right.state_dict()
-    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def in_own_memory(unet: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -43,14 +43,14 @@ def teacher() -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def drawn() -> list[tuple[tuple[str, str, str], tuple[str | None, str | None, str | None]]]:
-    """1,000 fresh pictures: what was drawn and what the judge reads."""
+    """1,000 fresh images: what was drawn and what the judge reads."""
     rng = random.Random(31)
     triples = [rng.choice(all_triples()) for _ in range(1000)]
     return [(triple, judge(draw(*triple, rng))) for triple in triples]
 
 
 def read_shard(path: Path) -> list[tuple[str, Image.Image, str]]:
-    """Key, picture and caption of each sample."""
+    """Key, image and caption of each sample."""
     with tarfile.open(path) as tar:
         data = {name: tar.extractfile(name).read() for name in tar.getnames()}
     keys = sorted({name.split(".")[0] for name in data})
@@ -131,7 +131,7 @@ def test_judge_rejects_what_is_none_of_the_shapes(name: str) -> None:
     assert judge(image) == (None, "red", "blue")
 
 
-def test_judge_rejects_two_colors_and_a_spoilt_picture() -> None:
+def test_judge_rejects_two_colors_and_a_spoilt_image() -> None:
     two = draw("circle", "red", "blue", random.Random(34))
     two.paste(COLORS["yellow"], (32, 8, 56, 56))
     assert judge(two)[1] is None
@@ -145,7 +145,7 @@ def test_judge_forgives_a_wobbly_outline() -> None:
     right = []
     for triple in random.Random(36).sample(all_triples(), 100):
         image = draw(*triple, rng)
-        shift = generator.normal(0, 0.6, (2, 9, 9))  # pixels; smooth over the picture
+        shift = generator.normal(0, 0.6, (2, 9, 9))  # pixels; smooth over the image
         dy, dx = (np.asarray(Image.fromarray(s.astype(np.float32)).resize((64, 64), 3)) for s in shift)
         rows, columns = np.mgrid[:64, :64]
         wobbly = np.asarray(image)[
@@ -252,7 +252,7 @@ def test_accuracy_counts_what_the_captions_say_and_not_what_is_painted(teacher: 
     assert caption_accuracy(pipeline, triples, seed=5)["all"] == 0
 
 
-def test_pictures_do_not_depend_on_the_batch_size(teacher: StableDiffusionPipeline) -> None:
+def test_images_do_not_depend_on_the_batch_size(teacher: StableDiffusionPipeline) -> None:
     triples = evaluation_prompts()[:3]
     whole, single = (paint(teacher, triples, 6, num_inference_steps=4, batch_size=size) for size in (3, 1))
     for a, b in zip(whole, single, strict=True):

@@ -1,91 +1,36 @@
 """Whole runs at toy width: what is trained, logged, saved and resumed."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
-from accelerate.state import AcceleratorState
-from conftest import SCRIPT, make_pipeline, toy_pictures, write_tar
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from launcher import shared_launcher
+from helpers import (
+    SCRIPT,
+    assert_equal,
+    flags,
+    make_pipeline,
+    scalars,
+    toy_images,
+    train,
+    unet_weights,
+    watched,
+    write_tar,
+)
+from launcher import Launcher
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import distill_training as dt
-
-
-def flags(teacher: Path, data: Path, output: Path, **settings: Any) -> list[str]:
-    defaults = {
-        "pretrained_model_name_or_path": teacher,
-        "train_data_dir": data,
-        "output_dir": output,
-        "resolution": 64,
-        "train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "seed": 11,
-        "report_to": "none",
-    }
-    line = []
-    for name, value in {**defaults, **settings}.items():
-        if value is True:
-            line.append(f"--{name}")
-        elif isinstance(value, (list, tuple)):
-            line += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            line += [f"--{name}", str(value)]
-    return line
-
-
-def train(*args: Any, **settings: Any) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is kept between runs otherwise
-    dt.main(dt.parse_args(flags(*args, **settings)))
-
-
-def unet_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        assert torch.equal(left[key], right[key]), key
-
-
-def scalars(output: Path) -> dict[str, dict[int, float]]:
-    events = [EventAccumulator(str(path.parent)).Reload() for path in output.rglob("events.out*")]
-    found: dict[str, dict[int, float]] = {}
-    for accumulator in events:
-        for tag in accumulator.Tags()["scalars"]:
-            found.setdefault(tag, {}).update({event.step: event.value for event in accumulator.Scalars(tag)})
-    return found
-
-
-@contextlib.contextmanager
-def watched(
-    monkeypatch: pytest.MonkeyPatch, look: Callable[[dt.Distillation], Any] = lambda run: run
-) -> Iterator[list[Any]]:
-    """What `look` sees before every step that is taken inside: by itself, its `Distillation`."""
-    seen: list[Any] = []
-    step = dt.training_step
-
-    def watch(run: dt.Distillation, *args: Any) -> Any:
-        seen.append(look(run))
-        return step(run, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dt, "training_step", watch)
-        yield seen
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -309,9 +254,9 @@ def test_hooks_exist_only_for_the_feature_loss(
         return result
 
     def look(*args: Any) -> Any:
-        pictures = paint(*args)
+        images = paint(*args)
         kept.append([feature for tap in taps_seen for feature in tap._features])
-        return pictures
+        return images
 
     kept: list[list[Any]] = []
     taps_seen: list[dt.FeatureTap] = []
@@ -392,7 +337,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, teacher: Path, 
 
 
 def test_broken_samples_do_not_stop_a_run(tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture) -> None:
-    good = [{"png": data, "txt": text.encode()} for data, text in toy_pictures(6)]
+    good = [{"png": data, "txt": text.encode()} for data, text in toy_images(6)]
     write_tar(
         tmp_path / "data" / "0.tar", [*good, {"png": b"broken", "txt": b"a"}, {"png": good[0]["png"], "txt": b" "}]
     )
@@ -436,11 +381,11 @@ dt.distillation_loss, dt.training_step = keep_target, keep_run
 """
 
 
-def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: Path) -> None:
+def test_two_processes_train_one_student(tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher) -> None:
     output = tmp_path / "out"
     settings = {"max_train_steps": 4, "lr_scheduler": "linear", "lr_warmup_steps": 0, "gradient_accumulation_steps": 2}
     line = flags(teacher, shards, output, checkpointing_steps=2, report_to="tensorboard", use_ema=True, **settings)
-    run = shared_launcher().start(line, tmp_path / "log", ranks=2, before=NOTE, SEEN=tmp_path)
+    run = launcher.start(line, tmp_path / "log", ranks=2, before=NOTE, SEEN=tmp_path)
     assert run.wait(300) == [0, 0], run.log()[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert [seen["processes"] for seen in ranks] == [2, 2]
@@ -480,8 +425,8 @@ def test_streaming_trains(tmp_path: Path, teacher: Path) -> None:
     import datasets
 
     columns = {
-        "image": [{"bytes": data, "path": None} for data, _ in toy_pictures(8)],
-        "text": [[text, "another"] for _, text in toy_pictures(8)],
+        "image": [{"bytes": data, "path": None} for data, _ in toy_images(8)],
+        "text": [[text, "another"] for _, text in toy_images(8)],
     }
     features = {"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
