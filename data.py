@@ -9,22 +9,22 @@
 The folder holds `NNNNN.tar` (`<key>.jpg`, `<key>.txt`, ... in row order), `NNNNN.parquet` (every row with its
 outcome) and `manifest.json`. img2dataset does the downloading, in a process group of its own that this script watches
 over; what it is given in place of its own parts is below: which rows (`ShardList`), how a URL is fetched (`fetch`),
-how an image is read (`square_jpeg`), how a shard is written (`Shard`). Needs a POSIX system.
+how an image is read (`square_jpeg`), how a shard is written (`Shard`). All that needs a POSIX system. What the trainer
+shares does not, and comes first: rows of flags, images to RGB, files into place, shards written and read.
 """
 
 import argparse
 import collections
 import contextlib
-import fcntl
 import functools
 import hashlib
 import http.client
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import math
-import operator
 import os
 import queue
 import re
@@ -39,24 +39,27 @@ import threading
 import time
 import types
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
 FORMAT = "distill-sd data.py 1"
 USER_AGENT = "Mozilla/5.0 (compatible; distill-sd; +https://github.com/segmind/distill-sd)"
 ROBOT_NAME = "distill-sd"  # the name that an X-Robots-Tag header may address us by
 OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}  # "none" is short for noindex, nofollow
 VALUED_DIRECTIVES = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # not robots' names
+PASSING = ("timeout", "network", "incomplete", "http_408", "http_429")  # with all http_5xx: a second try may go better
 MIB = 2**20
 
 # What a folder is made with: a rerun must agree on these. How the rows are fetched (threads, time limits) may change.
@@ -66,12 +69,16 @@ SETTINGS = (
 ).split()
 
 
-class DataError(Exception):
-    """Ends the run with one sentence. The exit code is 1 for a failed run, 2 for a request that can't be met."""
+class UserError(ValueError):
+    """A mistake in the flags, the models or the data: shown as one sentence, exit code 2."""
 
-    def __init__(self, sentence: str, code: int = 1) -> None:
-        super().__init__(sentence)
-        self.code = code
+    def __init__(self, message: str) -> None:
+        # A loader's worker wraps its traceback round the sentence, which is all that the user needs.
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+
+
+class DataError(Exception):
+    """Ends a download that failed: shown as one sentence, exit code 1."""
 
 
 class Refused(Exception):
@@ -79,26 +86,405 @@ class Refused(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags, for both scripts: one row is all there is of a flag.
+
+
+class Bound(NamedTuple):
+    """What a number may be, in words and as a test. NaN passes none."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(lowest: float) -> Bound:
+    """Numbers from `lowest` on, infinity not among them."""
+    return Bound(f"at least {lowest}", lambda value: lowest <= value < math.inf)
+
+
+def between(lowest: float, highest: float) -> Bound:
+    """Numbers from `lowest` to `highest`, both among them."""
+    return Bound(f"from {lowest} to {highest}", lambda value: lowest <= value <= highest)
+
+
+AT_LEAST_0 = at_least(0)
+AT_LEAST_1 = at_least(1)
+MORE_THAN_0 = Bound("more than 0", lambda value: 0 < value < math.inf)
+FROM_0_TO_1 = between(0, 1)
+FROM_0_TO_BELOW_1 = Bound("from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the command line. `resume` and `before` are the trainer's."""
+
+    name: str  # without dashes
+    type: type  # bool makes a switch
+    default: Any
+    allowed: Bound | Sequence[str] | None  # a bound, or the choices
+    help: str
+    resume: str = "same"  # "same", "free" or "never": whether it may change when a run is resumed
+    before: Any = ...  # the value that a checkpoint from before the flag stands for; if not given, the default
+    nargs: str | None = None
+    metavar: str | None = None
+    action: str | None = None
+    required: bool = False
+    aliases: tuple[str, ...] = ()  # further spellings, with their dashes
+    negatable: bool = False  # a switch that is turned off by --no-NAME
+
+    def __post_init__(self) -> None:
+        if self.before is ...:
+            object.__setattr__(self, "before", self.default)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default but those that say no more than that nothing was given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False or action.default == []
+        return action.help if unset else super()._get_help_string(action)
+
+
+def make_parser(groups: Mapping[str, Sequence[Flag]], description: str, usage: str) -> argparse.ArgumentParser:
+    """A parser of these flags, by the title of their group. `bound_problems` says which bounds do not hold."""
+    parser = argparse.ArgumentParser(
+        description=description, usage=usage, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            settings: dict[str, Any] = {"default": flag.default, "help": flag.help, "required": flag.required}
+            if flag.type is bool:
+                settings["action"] = argparse.BooleanOptionalAction if flag.negatable else "store_true"
+            else:
+                choices = None if isinstance(flag.allowed, Bound) else flag.allowed
+                more = {"choices": choices, "nargs": flag.nargs, "metavar": flag.metavar, "action": flag.action}
+                settings |= {"type": flag.type} | {key: value for key, value in more.items() if value is not None}
+            group.add_argument(f"--{flag.name}", *flag.aliases, **settings)
+    return parser
+
+
+def bound_problems(flags: Iterable[Flag], args: argparse.Namespace) -> list[str]:
+    """A sentence for every bound that does not hold; what is None was not given."""
+    values = [(flag, getattr(args, flag.name)) for flag in flags if isinstance(flag.allowed, Bound)]
+    return [
+        f"--{flag.name} must be {flag.allowed.text}, got {value}."
+        for flag, value in values
+        if value is not None and not flag.allowed.holds(value)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, for both scripts.
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def check_range(image: Image.Image) -> None:
+    """Raise ValueError for pixels of 32 bits. For an image as it was opened: a crop no longer knows its format."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # 16 bits in these two
+        raise ValueError(f"a {image.format} with pixels of 32 bits, whose range is not known")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 bits scaled to 8, transparency over white. Raises ValueError where there is no way."""
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255, which paints 16-bit images white
+        values = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Bytes of an image file to RGB as it is meant to be seen: EXIF orientation applied, of an animation the first
+    frame, see `to_rgb`. Raises what Pillow raises on a broken file.
+    """
+    image = Image.open(io.BytesIO(data))
+    check_range(image)
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into place, for both scripts.
+
+
+def put_in_place(new: Path, path: Path, old: Path | None = None) -> None:
+    """Rename a finished `new` to `path` once all of it is on the disk, whatever happens to the machine then.
+
+    What was at `path` is renamed to `old`; a file needs none, and is replaced.
+    """
+    for entry in [*new.rglob("*"), new]:
+        sync(entry)
+    if old is not None and path.exists():
+        path.rename(old)
+    try:
+        new.replace(path)
+    except OSError:
+        if old is not None and old.exists():
+            old.rename(path)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # which Windows does not open
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)  # nor does it sync what may only be read
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards, for both scripts: tars of two members for each sample, `<key>.jpg` and `<key>.txt`, or `<key>.npy` and
+# `<key>.json` for latents. Their sizes, from which the place of every sample follows, are in manifest.json.
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def hidden(path: Path) -> Path:
+    """The name under which a file is written until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def data_offsets(image_bytes: Sequence[int], caption_bytes: Sequence[int]) -> np.ndarray:
+    """Where the data of each sample's two members start in their tar: (samples, 2), int64.
+
+    A member takes 512 bytes of header, and its data up to a multiple of 512.
+    """
+    sizes = np.stack([image_bytes, caption_bytes], axis=1).astype(np.int64)
+    taken = 512 + (sizes + 511) // 512 * 512
+    return np.cumsum(taken).reshape(sizes.shape) - taken + 512
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict[str, Any]:
+    """Write (key, {suffix: content}) samples, an image or latents first and captions second, until it is on the disk.
+
+    Returns the shard's entry in the manifest, by its final name if `path` is a `hidden` one.
+    """
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for suffix, content in members.items():
+                header = tarfile.TarInfo(f"{key}{suffix}")
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+            tar.members.clear()  # tarfile would keep a kilobyte for every member
+    sync(path)
+    return entry_of(path) | {"name": path.name.removeprefix(".").removesuffix(".part")}
+
+
+def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> dict[str, Any]:
+    """Write `NAME.tar`, see `write_tar`. Where the disk does not take it, nothing of it is left."""
+    path = folder / f"{name}.tar"
+    try:
+        entry = write_tar(hidden(path), samples)
+        put_in_place(hidden(path), path)
+    except OSError:
+        hidden(path).unlink(missing_ok=True)
+        raise
+    return entry
+
+
+def write_manifest(folder: Path, head: dict[str, Any], entries: Sequence[str]) -> None:
+    """Replace manifest.json in one step; `entries` are the shards' own, as JSON texts."""
+    path = folder / "manifest.json"
+    start = json.dumps(head, indent=1).removesuffix("\n}")
+    hidden(path).write_text(start + ',\n "shards": [\n  ' + ",\n  ".join(entries) + "\n ]\n}\n")
+    put_in_place(hidden(path), path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What manifest.json says, None if there is none. Raises UserError if it is damaged or something else."""
+
+    def compact(record: dict[str, Any]) -> dict[str, Any]:
+        # As each shard's record is read: Python's own lists would take 80 bytes for every sample of them all.
+        return {key: np.array(v, "u4") if key in ("image_bytes", "caption_bytes") else v for key, v in record.items()}
+
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(), object_hook=compact)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OverflowError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    if not isinstance(manifest, dict) or "shards" not in manifest:
+        raise UserError(f"{path} is not one that data.py wrote: without it, training reads every *.tar beside it.")
+    return manifest
+
+
+def latents_of(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a folder says of its latents; None if they are images, or if it can't be read."""
+    try:
+        return (read_manifest(folder) or {}).get("latents")
+    except UserError:
+        return None
+
+
+def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield each member's name, and where its data start and their size. Raises UserError for an empty or cut tar."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # tarfile would keep a kilobyte for every member
+                yield member.name, member.offset_data, member.size
+            tar.fileobj.seek(tar.offset)
+            whole = tar.fileobj.read(512) == bytes(512)  # an archive ends in blocks of zeros
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path} is empty or cut short ({error}): fetch it again or remove it.") from None
+    if not whole:
+        raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """(key, suffix) of a member, as WebDataset splits them: at the first dot of the file's own name."""
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return f"{folder}/{stem}", f".{suffix.lower()}"
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """The manifest's entry of a shard. Raises UserError where it is cut, or none that `write_tar` wrote."""
+    starts, sizes = [], []
+    for _, start, size in walk_tar(path):
+        starts.append(start)
+        sizes.append(size)
+    entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "count": len(sizes) // 2}
+    entry |= {"image_bytes": sizes[::2], "caption_bytes": sizes[1::2]}
+    if len(sizes) % 2 or starts != data_offsets(sizes[::2], sizes[1::2]).flatten().tolist():
+        raise UserError(f"{path} is not a shard of images, or latents, and captions in turn: move it away.")
+    return entry
+
+
+# Where a sample's image and caption lie: 29 bytes for each.
+PLACE = np.dtype(
+    [("shard", "u4"), ("image", "i8"), ("image_bytes", "u4")]
+    + [("caption", "i8"), ("caption_bytes", "u4"), ("json", "?")]
+)
+
+
+class ShardFolder(Sequence):
+    """Shards read in place: the samples of `*.tar`, found by their offsets.
+
+    `shards[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row; one of latents
+    has "latents", "enlarged" and "fault" too, and a list of captions. With a `manifest.json` the offsets are computed
+    from it and checked against each tar's size; else every tar is walked once. Raises `UserError` for an empty, cut or
+    missing tar, and `OSError` for a sample whose tar was cut since.
+    """
+
+    def __init__(self, folder: Path, caption_column: str = "text") -> None:
+        self.caption_column = caption_column
+        manifest = read_manifest(folder)
+        self.latents: dict[str, Any] | None = manifest.get("latents") if manifest else None
+        if manifest:
+            if not manifest.get("complete", True):
+                what = f"{folder / 'manifest.json'} is of an unfinished download: training on what is there."
+                warnings.warn(what, stacklevel=2)
+            self.paths = [folder / shard["name"] for shard in manifest["shards"]]
+            tables = [self._computed(*pair) for pair in zip(self.paths, manifest["shards"], strict=True)]
+        else:
+            from tqdm import tqdm
+
+            self.paths = sorted(folder.glob("*.tar"))
+            progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
+            tables = [self._walked(path) for path in progress]
+        for number, table in enumerate(tables):
+            table["shard"] = number
+        self.places = np.concatenate([np.zeros(0, PLACE), *tables])
+
+    @staticmethod
+    def _computed(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
+        offsets = data_offsets(shard["image_bytes"], shard["caption_bytes"])
+        found = path.stat().st_size if path.is_file() else None
+        if found != shard["bytes"] or (len(offsets) and offsets[-1, 1] + int(shard["caption_bytes"][-1]) > found):
+            raise UserError(f"{path} has {found} bytes where manifest.json says {shard['bytes']}: fetch it again.")
+        table = np.zeros(len(offsets), PLACE)
+        table["image"], table["caption"] = offsets.T
+        table["image_bytes"], table["caption_bytes"] = shard["image_bytes"], shard["caption_bytes"]
+        return table
+
+    @staticmethod
+    def _walked(path: Path) -> np.ndarray:
+        rows: list[tuple[int, int, int, int, int, bool]] = []
+        for _, group in itertools.groupby(walk_tar(path), key=lambda member: split_member(member[0])[0]):
+            members = {split_member(name)[1]: (start, size) for name, start, size in group}
+            images = [place for suffix, place in members.items() if suffix in IMAGE_SUFFIXES]
+            captions = [(*members[suffix], suffix == ".json") for suffix in (".txt", ".json") if suffix in members]
+            if images and captions:
+                rows.append((0, *images[0], *captions[0]))
+            elif ".npy" in members and not images:
+                raise UserError(f"{path} holds latents, which need their manifest.json: it is not there.")
+        return np.array(rows, PLACE)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.places[index]
+        path = self.paths[place["shard"]]
+        # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
+        with open(path, "rb", buffering=0) as shard:
+            contents = []
+            for name in ("image", "caption"):
+                shard.seek(int(place[name]))
+                contents.append(shard.read(int(place[f"{name}_bytes"])))
+                if len(contents[-1]) < place[f"{name}_bytes"]:
+                    raise OSError(f"{path} is cut short")
+        image, caption = contents
+        if self.latents is None:
+            return {"image": {"bytes": image}, "text": self._caption(caption, place["json"])}
+        try:
+            record = json.loads(caption)
+            latents = np.load(io.BytesIO(image), allow_pickle=False) if image else None
+            row = {"latents": latents, "text": list(record["captions"]), "fault": record.get("fault")}
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
+
+    def _caption(self, content: bytes, is_json: bool) -> Any:
+        text = content.decode("utf-8", errors="replace")
+        if not is_json:
+            return text
+        try:
+            record = json.loads(text)
+        except ValueError:
+            return None
+        return record.get(self.caption_column, record.get("caption")) if isinstance(record, dict) else None
+
+    def select(self, indices: Sequence[int]) -> "ShardFolder":
+        """Keep these samples only, in this order."""
+        self.places = self.places[indices]
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions: parquet files, from the Hub or from the disk, read in batches, so that memory stays flat.
 
+Files = list[tuple[str, Path]]  # name, as in the repository or folder, and local path
 
-def fetch_captions(dataset_name: str, revision: str | None, resumed: bool) -> tuple[str, list[tuple[str, Path]]]:
+
+def fetch_captions(dataset_name: str, revision: str | None, resumed: bool) -> tuple[str, Files]:
     """Download the parquet files of a Hub dataset. Returns its commit and (name in the repository, local file) pairs.
 
-    Raises DataError if the Hub refuses, if a file differs from the hash that the Hub gave for it, or if the cache
-    lacks one; a `resumed` run knows its files, and works from the cache when the Hub can't be reached.
+    Raises UserError if the Hub refuses or the cache lacks a file, DataError if a file differs from the hash that the
+    Hub gave for it. A `resumed` run knows its files, and works from the cache when the Hub can't be reached.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub as hub  # not at the top: workers import this file too, and need none of it
     from huggingface_hub import errors
 
     def refuse(what: str) -> NoReturn:
-        raise DataError(f"--dataset_name {dataset_name}: {what}", 2) from None
+        raise UserError(f"--dataset_name {dataset_name}: {what}") from None
 
     try:
         folder = Path(
@@ -120,11 +506,9 @@ def fetch_captions(dataset_name: str, revision: str | None, resumed: bool) -> tu
         refuse("there is no such dataset on the Hub, or it is private and you are not logged in")
     except errors.RevisionNotFoundError:
         refuse(f"it has no --revision {revision}")
-    except errors.HFValidationError as error:
-        refuse(str(error).splitlines()[0])
     except errors.LocalEntryNotFoundError:
         refuse("the Hub can't be reached, and the local cache does not hold it")
-    except DataError:
+    except (UserError, DataError):
         raise
     except Exception as error:  # whatever the HTTP library raises
         refuse(f"the Hub can't be used: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
@@ -146,12 +530,12 @@ def matches_blob_name(path: Path) -> bool:
     return False
 
 
-def local_captions(caption_file: str) -> list[tuple[str, Path]]:
+def local_captions(caption_file: str) -> Files:
     """The (name, path) pairs of one parquet file, or of those directly inside a folder, by name."""
     path = Path(caption_file)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise DataError(f"--caption_file {caption_file}: no such parquet file, nor a folder that holds some", 2)
+        raise UserError(f"--caption_file {caption_file}: no such parquet file, nor a folder that holds some")
     return [(file.name, file) for file in files]
 
 
@@ -161,12 +545,12 @@ def file_sha256(path: Path) -> str:
 
 
 COMPARISONS = {
-    ">=": (operator.ge, pc.greater_equal),
-    "<=": (operator.le, pc.less_equal),
-    "==": (operator.eq, pc.equal),
-    "!=": (operator.ne, pc.not_equal),
-    ">": (operator.gt, pc.greater),
-    "<": (operator.lt, pc.less),
+    ">=": pc.greater_equal,
+    "<=": pc.less_equal,
+    "==": pc.equal,
+    "!=": pc.not_equal,
+    ">": pc.greater,
+    "<": pc.less,
 }
 
 
@@ -177,10 +561,10 @@ def parse_filter(text: str) -> tuple[str, Callable, float | str]:
         raise ValueError(text)
     column, sign, value = match.groups()
     quoted = re.fullmatch(r"""(["'])(.*)\1""", value)
-    return column, COMPARISONS[sign][1], quoted[2] if quoted else float(value)
+    return column, COMPARISONS[sign], quoted[2] if quoted else float(value)
 
 
-def read_batches(files: Sequence[tuple[str, Path]], columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def read_batches(files: Files, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yield (number of the first row, counted over all files; batch of at most 32,768 rows)."""
     first = 0
     for _, path in files:
@@ -190,25 +574,25 @@ def read_batches(files: Sequence[tuple[str, Path]], columns: Sequence[str]) -> I
                 first += len(batch)
 
 
-def check_columns(files: Sequence[tuple[str, Path]], wanted: dict[str, str]) -> None:
+def check_columns(files: Files, wanted: dict[str, str]) -> None:
     """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
     for name, path in files:
         try:
             schema = pq.read_schema(path)
         except pa.ArrowInvalid:
-            raise DataError(f"{name} is not a parquet file", 2) from None
+            raise UserError(f"{name} is not a parquet file") from None
         for column, flag in wanted.items():
             if column not in schema.names:
-                raise DataError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}", 2)
+                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}")
 
 
 def texts(column: pa.Array, name: str) -> pa.Array:
-    """A column as text, white space around it removed. Raises DataError for a column that holds something else."""
+    """A column as text, white space around it removed. Raises UserError for a column that holds something else."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return pc.utf8_trim_whitespace(column.cast(pa.large_string()))
-    raise DataError(f"column {name!r} holds {column.type}, not text", 2)
+    raise UserError(f"column {name!r} holds {column.type}, not text")
 
 
 def url_hashes(urls: pa.Array) -> np.ndarray:
@@ -218,7 +602,7 @@ def url_hashes(urls: pa.Array) -> np.ndarray:
     return hash_array(np.asarray(urls.to_pylist(), dtype=object), categorize=False)
 
 
-def select_rows(files: Sequence[tuple[str, Path]], args: argparse.Namespace) -> tuple[np.ndarray, int, dict[str, int]]:
+def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int, dict[str, int]]:
     """Choose the rows to fetch: drop the bad ones, shuffle by the seed, cut to `max_samples`.
 
     Returns the chosen row numbers (int64, in the order of the output), the number of rows read, and the number dropped
@@ -227,13 +611,9 @@ def select_rows(files: Sequence[tuple[str, Path]], args: argparse.Namespace) -> 
     filters = [(text, *parse_filter(text)) for text in args.filter]
     dropped: dict[str, int] = {}
     rows, hashes, total = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
-    for first, batch in read_batches(
-        files, [args.url_column, args.caption_column, *(column for _, column, *_ in filters)]
-    ):
-        urls, captions = (
-            texts(batch[args.url_column], args.url_column),
-            texts(batch[args.caption_column], args.caption_column),
-        )
+    columns = [args.url_column, args.caption_column]
+    for first, batch in read_batches(files, columns + [column for _, column, *_ in filters]):
+        urls, captions = (texts(batch[column], column) for column in columns)
         good = {
             "no URL": pc.not_equal(urls, ""),
             "URL is not http(s)": pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]"),
@@ -243,7 +623,7 @@ def select_rows(files: Sequence[tuple[str, Path]], args: argparse.Namespace) -> 
             try:
                 good[f"filter {text}"] = compare(batch[column], pa.scalar(value))
             except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-                raise DataError(f"--filter {text}: column {column!r} holds {batch[column].type}", 2) from None
+                raise UserError(f"--filter {text}: column {column!r} holds {batch[column].type}") from None
         keep = np.ones(len(batch), bool)
         for reason, passed in good.items():
             passes = pc.fill_null(passed, False).to_numpy(zero_copy_only=False)
@@ -260,22 +640,13 @@ def select_rows(files: Sequence[tuple[str, Path]], args: argparse.Namespace) -> 
 
 
 ROW_SCHEMA = pa.schema(
-    [
-        ("url", pa.large_string()),
-        ("caption", pa.large_string()),
-        ("input_row", pa.int64()),
-        ("expected_sha256", pa.string()),
-    ]
-    + [("position", pa.int64())]
+    [("url", pa.large_string()), ("caption", pa.large_string()), ("input_row", pa.int64())]
+    + [("expected_sha256", pa.string()), ("position", pa.int64())]
 )
 
 
 def write_shard_inputs(
-    files: Sequence[tuple[str, Path]],
-    order: np.ndarray,
-    folder: Path,
-    args: argparse.Namespace,
-    expected: "Hashes | None",
+    files: Files, order: np.ndarray, folder: Path, args: argparse.Namespace, expected: "Hashes | None"
 ) -> None:
     """Write the chosen rows, in their shuffled order, as `NNNNN.arrow`, one file for each shard.
 
@@ -300,7 +671,7 @@ def write_shard_inputs(
                 wrong = pc.filter(digests, pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
                 if len(wrong.drop_null()):
                     sentence = f"--verify_hash {args.verify_hash}: {wrong.drop_null()[0].as_py()!r} is not a SHA-256"
-                    raise DataError(sentence, 2)
+                    raise UserError(sentence)
                 digests = pc.if_else(pc.equal(digests, ""), None, digests)
             else:
                 digests = pa.array(expected.of(urls) if expected else [None] * len(chosen), pa.string())
@@ -322,10 +693,6 @@ def write_shard_inputs(
 def write_rows(path: Path, table: pa.Table) -> None:
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
-
-
-def shard_name(number: int) -> str:
-    return f"{number:05d}"
 
 
 class Hashes:
@@ -611,11 +978,6 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
         raise Refused("network", f"{type(error).__name__}: {error}") from None
 
 
-def is_passing(reason: str) -> bool:
-    """Whether a second try may go better."""
-    return reason in ("timeout", "network", "incomplete", "http_408", "http_429") or reason.startswith("http_5")
-
-
 def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
     """Fetch one URL, again after a passing failure (`--retries`). Raises Refused with the last reason."""
     failures = busy = 0
@@ -627,11 +989,10 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
             return body
         except Refused as refused:
             body.close()
-            if refused.reason == "busy":
-                busy += 1
-            elif is_passing(refused.reason):
-                failures += 1
-            if failures > args.retries or busy > 2 or not (is_passing(refused.reason) or refused.reason == "busy"):
+            passing = refused.reason in PASSING or refused.reason.startswith("http_5")
+            failures += passing
+            busy += refused.reason == "busy"
+            if failures > args.retries or busy > 2 or not (passing or refused.reason == "busy"):
                 raise
             time.sleep(min(4, 0.5 * 2 ** (failures + busy)))
         except BaseException:
@@ -646,15 +1007,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 BAND_PIXELS = 2**20
 DECODER_BYTES = 125e6  # with the bodies of `ByteBudget`, what a worker may hold beyond what it needs when idle
 EXIF_ORIENTATION = 0x0112
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def decoder_bytes(image: Image.Image, pixels: int) -> float:
@@ -672,19 +1024,6 @@ def decoder_bytes(image: Image.Image, pixels: int) -> float:
     return 4 * pixels
 
 
-def on_white(band: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 bits scaled to 8, transparency over white."""
-    if band.mode.startswith("I"):  # "I" too holds 16 bits, in all formats above but a rare TIFF
-        values = np.clip(np.asarray(band).astype(np.int64), 0, 65535)
-        band = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if band.has_transparency_data:
-        band = band.convert("RGBA")
-        white = Image.new("RGBA", band.size, "white")
-        white.alpha_composite(band)
-        band = white
-    return band if band.mode == "RGB" else band.convert("RGB")
-
-
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     """The middle of a decoded image as RGB, `size` pixels wide, or as wide as the image is if that is less."""
     side = min(image.size)
@@ -693,7 +1032,7 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - inside) // 2, (image.height - inside) // 2
 
     def band(y: int, rows: int) -> Image.Image:
-        part = on_white(image.crop((left, top + y, left + inside, top + y + rows)))
+        part = to_rgb(image.crop((left, top + y, left + inside, top + y + rows)))
         return part.reduce(factor) if factor > 1 else part
 
     if inside**2 <= BAND_PIXELS:
@@ -723,12 +1062,10 @@ def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int,
                 raise Refused("too_small", f"{width}x{height}")
             if image.format in ("JPEG", "MPO"):
                 image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
-            if width * height > args.max_pixels or decoder_bytes(image, width * height) > max(
-                DECODER_BYTES, 5 * args.max_pixels
-            ):
+            memory = decoder_bytes(image, width * height)
+            if width * height > args.max_pixels or memory > max(DECODER_BYTES, 5 * args.max_pixels):
                 raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
-            if image.mode in ("F", "LAB"):
-                raise Refused("broken_image", f"pixels of type {image.mode}")
+            check_range(image)
             image.load()
             try:
                 orientation = image.getexif().get(EXIF_ORIENTATION)  # a TIFF is turned, and cleared, when it is loaded
@@ -739,8 +1076,9 @@ def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int,
         raise
     except Exception as error:
         raise Refused("broken_image", f"{type(error).__name__}: {error}") from None
-    if orientation in TRANSPOSITIONS:
-        square = square.transpose(TRANSPOSITIONS[orientation])
+    if orientation in range(2, 9):
+        square.getexif()[EXIF_ORIENTATION] = orientation  # which a crop forgets
+        square = ImageOps.exif_transpose(square)
         width, height = (height, width) if orientation > 4 else (width, height)
     output = io.BytesIO()
     square.save(output, "JPEG", quality=args.encode_quality)
@@ -759,57 +1097,12 @@ RESULT_SCHEMA = pa.schema(
 )
 
 
-def tar_header(name: str, size: int) -> bytes:
-    """512 bytes; the same for the same name and size."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def padded(size: int) -> int:
-    """What a tar member of `size` bytes takes: the header, and the data up to a multiple of 512."""
-    return 512 + (size + 511) // 512 * 512
-
-
-def image_offsets(image_bytes: Sequence[int], caption_bytes: Sequence[int]) -> list[int]:
-    """Where the data of each image starts in its tar."""
-    offsets, at = [], 0
-    for image, caption in zip(image_bytes, caption_bytes, strict=True):
-        offsets.append(at + 512)
-        at += padded(image) + padded(caption)
-    return offsets
-
-
-def write_tar(path: Path, samples: Iterator[tuple[str, bytes, bytes]]) -> tuple[int, str]:
-    """Write (key, image, caption) samples. Returns the size of the file and its SHA-256; the file is on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-
-        def put(block: bytes) -> None:
-            nonlocal size
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-
-        for key, image, caption in samples:
-            for name, content in ((f"{key}.jpg", image), (f"{key}.txt", caption)):
-                put(tar_header(name, len(content)))
-                put(content)
-                put(bytes(-len(content) % 512))
-        put(bytes(1024))
-        put(bytes(-size % tarfile.RECORDSIZE))
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
 def recorded(parquet: Path) -> dict[str, Any] | None:
     """What a shard's parquet records of its tar (`name`, `bytes`, `sha256`), or None if it can't be read."""
     try:
         metadata = pq.read_schema(parquet).metadata or {}
-        return {"name": f"{parquet.stem}.tar", "bytes": int(metadata[b"tar_bytes"])} | {
-            "sha256": metadata[b"tar_sha256"].decode()
-        }
+        size, digest = int(metadata[b"tar_bytes"]), metadata[b"tar_sha256"].decode()
+        return {"name": f"{parquet.stem}.tar", "bytes": size, "sha256": digest}
     except (OSError, KeyError, ValueError):  # ArrowInvalid is a ValueError
         return None
 
@@ -819,16 +1112,14 @@ def is_done(folder: Path, name: str) -> bool:
     return entry is not None and tar.is_file() and tar.stat().st_size == entry["bytes"]
 
 
-def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterator[tuple[str, bytes, bytes]]) -> None:
+def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write a shard so that at no moment a part of it can be taken for the whole."""
-    hidden_tar, hidden_parquet = folder / f".{name}.tar.part", folder / f".{name}.parquet.part"
-    size, digest = write_tar(hidden_tar, samples)
-    with open(hidden_parquet, "wb") as file:
-        pq.write_table(table.replace_schema_metadata({"tar_bytes": str(size), "tar_sha256": digest}), file)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden_parquet.rename(folder / f"{name}.parquet")
-    hidden_tar.rename(folder / f"{name}.tar")
+    tar, parquet = folder / f"{name}.tar", folder / f"{name}.parquet"
+    entry = write_tar(hidden(tar), samples)  # on the disk before the parquet that vouches for it has its name
+    vouching = {"tar_bytes": str(entry["bytes"]), "tar_sha256": entry["sha256"]}
+    pq.write_table(table.replace_schema_metadata(vouching), hidden(parquet))
+    put_in_place(hidden(parquet), parquet)
+    put_in_place(hidden(tar), tar)
 
 
 def finish_renames(folder: Path) -> None:
@@ -838,7 +1129,7 @@ def finish_renames(folder: Path) -> None:
             entry = recorded(folder / f"{match[1]}.parquet")
             whole = match[2] == "tar" and entry is not None and part.stat().st_size == entry["bytes"]
             if whole and file_sha256(part) == entry["sha256"]:
-                part.rename(folder / f"{match[1]}.tar")
+                put_in_place(part, folder / f"{match[1]}.tar")
             else:
                 part.unlink()
 
@@ -849,30 +1140,6 @@ def shard_entry(folder: Path, name: str) -> str:
     table = table.filter(pc.equal(table["status"], "ok"))
     sizes = {"image_bytes": table["jpg_bytes"].to_pylist(), "caption_bytes": table["caption_bytes"].to_pylist()}
     return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes)
-
-
-def write_manifest(folder: Path, head: dict[str, Any], entries: Sequence[str]) -> None:
-    """Replace manifest.json in one step."""
-    hidden = folder / ".manifest.json.part"
-    with open(hidden, "w") as file:
-        file.write(json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(entries) + "\n ]\n}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.rename(folder / "manifest.json")
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder that this script made, None if there is none. Raises DataError if it is damaged."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} can't be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} was not written by this version of data.py ({FORMAT!r})", 2)
-    return manifest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,10 +1183,8 @@ class Shard:
             self.outcomes[index] |= {"status": refused.reason, "detail": refused.detail[:200]}
             return index, None, refused.reason
 
-    def resize(
-        self, body: Body, _: Any = None
-    ) -> tuple[bytes | None, int | None, int | None, int | None, int | None, Any]:
-        """In place of an `img2dataset.resizer.Resizer`."""
+    def resize(self, body: Body, _: Any = None) -> tuple[bytes | int | str | None, ...]:
+        """In place of an `img2dataset.resizer.Resizer`: the JPEG, its sides and the source's, what went wrong."""
         outcome = self.outcomes[body.index]
         try:
             jpg, side, width, height = square_jpeg(body, self.args)
@@ -956,8 +1221,8 @@ class Shard:
         if is_done(self.folder, self.name):
             table = pq.read_table(self.folder / f"{self.name}.parquet").to_pylist()
             kept = [record for record in table if record["status"] == "ok"]
-            starts = image_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
-            for record, start in zip(kept, starts, strict=True):
+            offsets = data_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
+            for record, (start, _) in zip(kept, offsets, strict=True):
                 record |= {"old": True, "offset": start}
             records = dict(enumerate(table))
             old_tar = open(self.folder / f"{self.name}.tar", "rb")
@@ -968,12 +1233,13 @@ class Shard:
             records[place] = dict.fromkeys(RESULT_SCHEMA.names) | outcome | taken
         ordered = [records[place] for place in sorted(records)]
 
-        def samples() -> Iterator[tuple[str, bytes, bytes]]:
+        def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
             for record in ordered:
                 if record["status"] == "ok":
                     source = old_tar if record.get("old") else self.spool
                     source.seek(record["offset"])
-                    yield record["key"], source.read(record["jpg_bytes"]), record["caption"].encode()
+                    jpg, caption = source.read(record["jpg_bytes"]), record["caption"].encode()
+                    yield record["key"], {".jpg": jpg, ".txt": caption}
 
         self.spool.flush()
         columns = {name: [record[name] for record in ordered] for name in RESULT_SCHEMA.names}
@@ -1009,16 +1275,10 @@ class ShardDownloader:
         return True, row
 
 
-class ShardList:
+class ShardList(list):
     """In place of `img2dataset.reader.Reader`: it reads all rows at once, and tries a full disk for minutes."""
 
     column_list = ["url"]
-
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(folder.glob("*.arrow"), key=lambda path: int(path.stem))
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return ((int(path.stem), str(path)) for path in self.files)
 
 
 def spare_img2dataset(*more: str) -> None:
@@ -1041,7 +1301,7 @@ class NoLogger:
 
 def process_pool(processes_count: int, downloader: Callable, shards: ShardList, *_: Any) -> None:
     """In place of img2dataset's `multiprocessing_distributor`, which waits for ever for a worker that was killed."""
-    workers = max(1, min(processes_count, len(shards.files)))
+    workers = max(1, min(processes_count, len(shards)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             for future in as_completed([pool.submit(downloader, row) for row in shards]):
@@ -1055,6 +1315,8 @@ def process_pool(processes_count: int, downloader: Callable, shards: ShardList, 
 # Supervision: img2dataset runs in a process group of its own, which ends when this process does, however that happens.
 
 VERDICT = "data.py verdict: "
+PASSED_ON = "image_size encode_quality number_sample_per_shard processes_count thread_count timeout retries".split()
+PASSED_ON += ["distributor", "enable_wandb"]
 WORKER_ENVIRONMENT = {
     "NO_ALBUMENTATIONS_UPDATE": "1",  # for the process that reports to wandb: it imports what others are spared
     "MALLOC_ARENA_MAX": "2",  # glibc: give memory back, instead of keeping some for each of many threads
@@ -1074,7 +1336,8 @@ def download(config: dict[str, Any]) -> None:
 
         library = sys.modules["img2dataset.main"]
         library.Downloader = functools.partial(ShardDownloader, args)
-        library.Reader = lambda *_: ShardList(work)
+        files = sorted(work.glob("*.arrow"), key=lambda path: int(path.stem))
+        library.Reader = lambda *_: ShardList((int(path.stem), str(path)) for path in files)
         library.multiprocessing_distributor = process_pool
         if not args.enable_wandb:
             library.LoggerProcess = NoLogger
@@ -1085,17 +1348,9 @@ def download(config: dict[str, Any]) -> None:
             caption_col=None,
             extract_exif=False,
             compute_hash=None,
-            image_size=args.image_size,
-            encode_quality=args.encode_quality,
-            number_sample_per_shard=args.number_sample_per_shard,
-            processes_count=args.processes_count,
-            thread_count=args.thread_count,
-            timeout=args.timeout,
-            retries=args.retries,
-            distributor=args.distributor,
-            enable_wandb=args.enable_wandb,
             wandb_project="distill-sd-data",
             max_shard_retry=0,
+            **{name: getattr(args, name) for name in PASSED_ON},
         )
     except BrokenProcessPool:
         verdict = "a worker process was killed, perhaps for want of memory"
@@ -1211,22 +1466,26 @@ class Progress:
 
 
 def claim_folder(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Make or enter the output folder. Returns its manifest, None for a new one. Raises DataError if it isn't ours."""
+    """Make or enter the output folder. Returns its manifest, None for a new one. Raises UserError if it isn't ours."""
+    import fcntl  # here: Windows has none, and reads shards without
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Held until this process ends. Not a file in the folder, which would have to be cleaned up.
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileExistsError, NotADirectoryError):
-        raise DataError(f"--output_dir {folder} is a file", 2) from None
+        raise UserError(f"--output_dir {folder} is a file") from None
     except BlockingIOError:
-        raise DataError(f"--output_dir {folder}: another data.py is at work in it", 2) from None
+        raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
     manifest = read_manifest(folder)
     if manifest is None:
         strangers = sorted({path.name for path in folder.iterdir()} - {".manifest.json.part"})
         if strangers:
             found = ", ".join(strangers[:3])
-            raise DataError(f"--output_dir {folder} holds {found} but no manifest.json: data.py did not make it", 2)
+            raise UserError(f"--output_dir {folder} holds {found} but no manifest.json: data.py did not make it")
         return None
+    if manifest.get("format") != FORMAT or "latents" in manifest:
+        raise UserError(f"{folder / 'manifest.json'} was not written by this version of data.py ({FORMAT!r})")
     if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
         return None  # nothing there that other settings could be mixed with
     refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in SETTINGS})
@@ -1234,28 +1493,30 @@ def claim_folder(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
 
 
 def refuse_difference(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise DataError that names everything in which a rerun differs from the run that made the folder."""
+    """Raise UserError that names everything in which a rerun differs from the run that made the folder."""
     differences = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
     if differences:
-        raise DataError(f"--output_dir {folder} was made otherwise: {'; '.join(differences)}. Use another folder", 2)
+        raise UserError(f"--output_dir {folder} was made otherwise: {'; '.join(differences)}. Use another folder")
 
 
 def check_tools(args: argparse.Namespace) -> None:
     """Refuse at once what would fail later: a distributor that isn't installed, wandb without a login."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UserError("data.py needs a POSIX system to download (training reads its shards on any)")
     if args.distributor != "multiprocessing" and importlib.util.find_spec(args.distributor) is None:
         sentence = f"--distributor {args.distributor}: that package is not installed (pip install {args.distributor})"
-        raise DataError(sentence, 2)
+        raise UserError(sentence)
     if importlib.util.find_spec("img2dataset") is None:
-        raise DataError("img2dataset is not installed (pip install img2dataset)", 2)
+        raise UserError("img2dataset is not installed (pip install img2dataset)")
     if args.enable_wandb and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
 
         try:
             logged_in = wandb.login(verify=True)
         except Exception as error:  # wandb raises several kinds, requests' own among them
-            raise DataError(f"--enable_wandb: can't log in to wandb: {str(error).splitlines()[0]}", 2) from None
+            raise UserError(f"--enable_wandb: can't log in to wandb: {str(error).splitlines()[0]}") from None
         if not logged_in:
-            raise DataError("--enable_wandb: not logged in to wandb; run `wandb login`, or set WANDB_MODE=offline", 2)
+            raise UserError("--enable_wandb: not logged in to wandb; run `wandb login`, or set WANDB_MODE=offline")
 
 
 def expected_bytes(rows: int, args: argparse.Namespace) -> int:
@@ -1309,27 +1570,32 @@ def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
 
 
 def check_folder(folder: Path) -> list[str]:
-    """Read every shard against the manifest and decode every image. Returns what is wrong, a sentence for each."""
+    """Read every shard against the manifest and open every image or latent. Returns what is wrong, in sentences."""
     from tqdm import tqdm
 
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
     if manifest is None:
-        raise DataError(f"--check {folder}: there is no manifest.json", 2)
+        raise UserError(f"--check {folder}: there is no manifest.json")
     problems = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
     named = {entry["name"] for entry in manifest["shards"]}
-    problems += [
-        f"{path.name} is not in the manifest" for path in sorted(folder.glob("*.tar")) if path.name not in named
-    ]
+    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in named)
+    problems += [f"{name} is not in the manifest" for name in strangers]
     total = sum(entry["count"] for entry in manifest["shards"])
+    variants = manifest["latents"]["variants"] if "latents" in manifest else None
     with tqdm(total=total, unit=" images", dynamic_ncols=True) as bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         for entry in manifest["shards"]:
-            problems += [f"{entry['name']}: {problem}" for problem in check_shard(folder, entry, threads, bar.update)]
+            found = check_shard(folder / entry["name"], entry, variants, threads, bar.update)
+            problems += [f"{entry['name']}: {problem}" for problem in found]
     return problems
 
 
-def check_shard(folder: Path, entry: dict[str, Any], threads: ThreadPoolExecutor, tick: Callable) -> Iterator[str]:
-    """Yield what is wrong with one shard, its entry in the manifest and its parquet."""
-    path = folder / entry["name"]
+def check_shard(
+    path: Path, entry: dict[str, Any], variants: int | None, threads: ThreadPoolExecutor, tick: Callable
+) -> Iterator[str]:
+    """Yield what is wrong with one shard, its entry in the manifest and, if it is of images, its parquet."""
     if not path.is_file():
         yield "is missing"
         return
@@ -1337,24 +1603,23 @@ def check_shard(folder: Path, entry: dict[str, Any], threads: ThreadPoolExecutor
         yield f"has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
     elif file_sha256(path) != entry["sha256"]:
         yield "differs from the SHA-256 in the manifest"
-    found = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            while member := tar.next():
-                found.append((member.name, member.offset_data, member.size))
-                tar.members.clear()  # or tarfile keeps them all
-        table = pq.read_table(path.with_suffix(".parquet"))
-    except (tarfile.TarError, OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        found = list(walk_tar(path))
+        if variants is None:
+            table = pq.read_table(path.with_suffix(".parquet"))
+            keys, suffixes = table.filter(pc.equal(table["status"], "ok"))["key"].to_pylist(), (".jpg", ".txt")
+        else:
+            keys, suffixes = [name.removesuffix(".npy") for name, *_ in found[::2]], (".npy", ".json")
+    except (OSError, ValueError) as error:  # UserError and ArrowInvalid are a ValueError
         yield f"can't be read, it or its parquet: {error}"
         return
-    keys = table.filter(pc.equal(table["status"], "ok"))["key"].to_pylist()
     images, captions = entry["image_bytes"], entry["caption_bytes"]
     if not entry["count"] == len(keys) == len(images) == len(captions):
-        yield f"the manifest counts {entry['count']} images, the parquet {len(keys)}"
+        yield f"the manifest counts {entry['count']} images, {'the parquet' if variants is None else 'it'} {len(keys)}"
         return
-    expected = []
-    for key, start, image, caption in zip(keys, image_offsets(images, captions), images, captions, strict=True):
-        expected += [(f"{key}.jpg", start, image), (f"{key}.txt", start + padded(image), caption)]
+    names = [f"{key}{suffix}" for key in keys for suffix in suffixes]
+    sizes = np.stack([images, captions], axis=1).flatten()
+    expected = list(zip(names, data_offsets(images, captions).flatten(), sizes, strict=True))
     if found != expected:
         yield f"its {len(found)} members are not the {len(expected)} that the manifest and the parquet list, in order"
 
@@ -1362,15 +1627,18 @@ def check_shard(folder: Path, entry: dict[str, Any], threads: ThreadPoolExecutor
         name, start, size = member
         with open(path, "rb") as file:
             file.seek(start)
-            content = file.read(size)
+            content = io.BytesIO(file.read(size))
         try:
-            with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-                image.load()
+            if variants is None:
+                with Image.open(content, formats=("JPEG",)) as image:
+                    image.load()
+            elif size and len(latents := np.load(content, allow_pickle=False)) != variants:
+                return f"{name} holds {len(latents)} variants, the manifest says {variants}"
         except Exception as error:
             return f"{name} can't be decoded: {type(error).__name__}"
         return None
 
-    for problem in threads.map(open_image, [member for member in found if member[0].endswith(".jpg")]):
+    for problem in threads.map(open_image, [member for member in found if member[0].endswith(suffixes[0])]):
         tick()
         if problem:
             yield problem
@@ -1379,125 +1647,87 @@ def check_shard(folder: Path, entry: dict[str, Any], threads: ThreadPoolExecutor
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line.
 
+FLAGS = {
+    "captions": [
+        Flag("dataset_name", str, "recastai/LAION-art-EN-improved-captions", None,
+             "Hub dataset; only its parquet files"),
+        Flag("revision", str, None, None,
+             "commit, branch or tag; default: the commit that the folder was made from, or main"),
+        Flag("caption_file", str, None, None, "a local parquet file, or a folder of them, instead of a Hub dataset"),
+        Flag("url_column", str, "url", None, "column with the URL of the image"),
+        Flag("caption_column", str, "generated_caption", None, "column with the caption"),
+        Flag("filter", str, [], None, 'rows to keep, as in "punsafe<0.1"', nargs="+", action="extend", metavar="TEST"),
+        Flag("max_samples", int, 250_000, AT_LEAST_1, "rows to fetch, after the shuffle"),
+        Flag("seed", int, 0, AT_LEAST_0, "of the shuffle"),
+    ],
+    "images": [
+        Flag("image_size", int, 512, between(8, 65500), "width and height; the middle of each image is kept"),
+        Flag("min_image_size", int, None, AT_LEAST_1,
+             "shorter sides are refused, never enlarged; default: --image_size"),
+        Flag("encode_quality", int, 95, between(1, 100), "of the JPEG, 1 to 100"),
+        Flag("max_bytes", int, 16 * MIB, at_least(1024), "of one response; larger ones are refused"),
+        Flag("max_pixels", int, 25_000_000, at_least(64),
+             "of one image by its header, before it is decoded; WebP, AVIF, TIFF and some JPEG take more memory to "
+             "decode: 7 million and up for the same memory"),
+        Flag("verify_hash", str, None, None,
+             "refuse images whose bytes differ from the SHA-256 in this column, or in an earlier output folder or "
+             "parquet of this script", metavar="COLUMN_OR_PATH"),
+        Flag("honor_opt_outs", bool, True, None,
+             "refuse what an X-Robots-Tag header (noai, noimageai, noindex, noimageindex, noml) keeps from us",
+             negatable=True),
+        Flag("allow_private_addresses", bool, False, None, "contact addresses that are not public: mirrors at home"),
+    ],
+    "download": [
+        Flag("processes_count", int, min(8, os.cpu_count() or 1), AT_LEAST_1, "processes; each works on one shard"),
+        Flag("thread_count", int, 128, AT_LEAST_1, "requests at a time in each process"),
+        Flag("distributor", str, "multiprocessing", ("multiprocessing", "pyspark", "ray"),
+             "the last two need a file system that all machines share"),
+        Flag("number_sample_per_shard", int, 5000, AT_LEAST_1, "rows in a shard"),
+        Flag("timeout", float, 10, at_least(0.001), "seconds for the connection, and between two pieces of an answer"),
+        Flag("deadline", float, 30, at_least(0.001), "seconds for a whole request, redirects included"),
+        Flag("retries", int, 1, AT_LEAST_0, "more tries after a failure that may pass"),
+    ],
+    "output": [
+        Flag("output_dir", str, "laion_art", None, "new, or made by the same command: then the run goes on"),
+        Flag("min_success", float, 0.5, FROM_0_TO_1, "exit code 0 needs this share of the rows to become images"),
+        Flag("retry_failed", bool, False, None, "try the rows again that failed in an earlier run"),
+        Flag("enable_wandb", bool, False, None, "img2dataset reports to wandb"),
+        Flag("check", str, None, None, "read a finished folder back, open every image, and say what is wrong",
+             metavar="DIR"),
+    ],
+}  # fmt: skip
+
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; every problem is reported at once, with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="python data.py [--output_dir DIR] [flags] | python data.py --check DIR",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    cores = min(8, os.cpu_count() or 1)
-    add = parser.add_argument_group("captions").add_argument
-    add(
-        "--dataset_name", default="recastai/LAION-art-EN-improved-captions", help="Hub dataset; only its parquet files"
-    )
-    add("--revision", help="commit, branch or tag; default: the commit that the folder was made from, or main")
-    add("--caption_file", help="a local parquet file, or a folder of them, instead of a Hub dataset")
-    add("--url_column", default="url", help="column with the URL of the image")
-    add("--caption_column", default="generated_caption", help="column with the caption")
-    add("--filter", nargs="+", action="extend", default=[], metavar="TEST", help='rows to keep, as in "punsafe<0.1"')
-    add("--max_samples", type=int, default=250_000, help="rows to fetch, after the shuffle")
-    add("--seed", type=int, default=0, help="of the shuffle")
-    add = parser.add_argument_group("images").add_argument
-    add("--image_size", type=int, default=512, help="width and height; the middle of each image is kept")
-    add("--min_image_size", type=int, help="shorter sides are refused, never enlarged; default: --image_size")
-    add("--encode_quality", type=int, default=95, help="of the JPEG, 1 to 100")
-    add("--max_bytes", type=int, default=16 * MIB, help="of one response; larger ones are refused")
-    add(
-        "--max_pixels",
-        type=int,
-        default=25_000_000,
-        help="of one image by its header, before it is decoded; WebP, AVIF, "
-        "TIFF and some JPEG take more memory to decode: 7 million and up for the same memory",
-    )
-    add(
-        "--verify_hash",
-        metavar="COLUMN_OR_PATH",
-        help="refuse images whose bytes differ from the SHA-256 in this column, "
-        "or in an earlier output folder or parquet of this script",
-    )
-    add(
-        "--honor_opt_outs",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="refuse what an X-Robots-Tag header (noai, noimageai, noindex, noimageindex, noml) keeps from us",
-    )
-    add(
-        "--allow_private_addresses", action="store_true", help="contact addresses that are not public: mirrors at home"
-    )
-    add = parser.add_argument_group("download").add_argument
-    add("--processes_count", type=int, default=cores, help="processes; each works on one shard")
-    add("--thread_count", type=int, default=128, help="requests at a time in each process")
-    add(
-        "--distributor",
-        choices=("multiprocessing", "pyspark", "ray"),
-        default="multiprocessing",
-        help="the last two need a file system that all machines share",
-    )
-    add("--number_sample_per_shard", type=int, default=5000, help="rows in a shard")
-    add("--timeout", type=float, default=10, help="seconds for the connection, and between two pieces of an answer")
-    add("--deadline", type=float, default=30, help="seconds for a whole request, redirects included")
-    add("--retries", type=int, default=1, help="more tries after a failure that may pass")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="laion_art", help="new, or made by the same command: then the run goes on")
-    add("--min_success", type=float, default=0.5, help="exit code 0 needs this share of the rows to become images")
-    add("--retry_failed", action="store_true", help="try the rows again that failed in an earlier run")
-    add("--enable_wandb", action="store_true", help="img2dataset reports to wandb")
-    add("--check", metavar="DIR", help="read a finished folder back, open every image, and say what is wrong")
+    usage = "python data.py [--output_dir DIR] [flags] | python data.py --check DIR"
+    parser = make_parser(FLAGS, __doc__.splitlines()[0], usage)
     args = parser.parse_args(input_args)
     if args.min_image_size is None:
         args.min_image_size = args.image_size
     if args.caption_file:
         args.dataset_name = None
-    if problems := validate_args(args):
-        parser.error("\n  " + "\n  ".join(problems))
-    return args
-
-
-def validate_args(args: argparse.Namespace) -> list[str]:
-    """Every problem with the flags, one sentence for each."""
-    problems = []
-    for name, lowest, highest in (
-        ("max_samples", 1, math.inf),
-        ("seed", 0, math.inf),
-        ("image_size", 8, 65500),
-        ("min_image_size", 1, math.inf),
-        ("encode_quality", 1, 100),
-        ("max_bytes", 1024, math.inf),
-        ("max_pixels", 64, math.inf),
-        ("processes_count", 1, math.inf),
-        ("thread_count", 1, math.inf),
-        ("number_sample_per_shard", 1, math.inf),
-        ("timeout", 0.001, math.inf),
-        ("deadline", 0.001, math.inf),
-        ("retries", 0, math.inf),
-        ("min_success", 0, 1),
-    ):
-        value = getattr(args, name)
-        if not lowest <= value <= highest:  # NaN fails too
-            allowed = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-            problems.append(f"--{name} must be {allowed}, got {value}")
+    problems = bound_problems(itertools.chain(*FLAGS.values()), args)
     for text in args.filter:
         try:
             parse_filter(text)
         except ValueError:
-            example = """'punsafe<0.1' or 'LANGUAGE=="en"'"""
-            problems.append(
-                f"--filter must be a column, one of {' '.join(COMPARISONS)}, a value, as {example}; got {text!r}"
-            )
+            signs, example = " ".join(COMPARISONS), """'punsafe<0.1' or 'LANGUAGE=="en"'"""
+            problems.append(f"--filter must be a column, one of {signs}, a value, as {example}; got {text!r}")
     if args.revision and args.caption_file:
         problems.append("--revision belongs to a Hub dataset, --caption_file is a local one: give one of them")
-    return problems
+    if problems:
+        parser.error("\n  " + "\n  ".join(problems))
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit code. Raises DataError, OSError or KeyboardInterrupt; `run` puts them in a sentence."""
+    """Returns the exit code. What it may raise is in `run`, which puts it in a sentence."""
     # 1. Only reading back
     if args.check:
         problems = check_folder(Path(args.check))
-        print("\n".join(problems) or f"{args.check}: everything is as the manifest says, and every image opens.")
+        opened = "image opens" if latents_of(Path(args.check)) is None else "image's latents load"
+        print("\n".join(problems) or f"{args.check}: everything is as the manifest says, and every {opened}.")
         return 1 if problems else 0
 
     # 2. Refuse what can't work, before anything is downloaded
@@ -1583,26 +1813,23 @@ def main(args: argparse.Namespace) -> int:
     # 7. The truth
     print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
     if images < args.min_success * rows:
-        raise DataError(
-            f"{images / rows:.1%} of the rows became images, --min_success asks for {args.min_success:.1%}"
-        )
+        share, asked = f"{images / rows:.1%}", f"{args.min_success:.1%}"
+        raise DataError(f"{share} of the rows became images, --min_success asks for {asked}")
     return 0
-
-
-def interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def run(args: argparse.Namespace) -> int:
     """`main`, with every foreseeable end put in one sentence. Returns the exit code."""
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     sys.stdout.reconfigure(line_buffering=True)
     again = "Finished shards are kept; the same command goes on from there."
     try:
         return main(args)
+    except UserError as error:
+        sentence, code = str(error), 2
     except DataError as error:
-        sentence, code = str(error), error.code
-        if code == 1 and "min_success" not in sentence and not args.check:
+        sentence, code = str(error), 1
+        if "min_success" not in sentence:
             sentence += f". {again}"
     except KeyboardInterrupt:
         sentence, code = f"stopped. {again}", 130

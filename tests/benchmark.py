@@ -14,10 +14,20 @@ file, a markdown table and a chart for each of
 
 All variants of a measurement take turns in one process, so that what else the machine does hits them alike; a ratio is
 the median of the rounds' own ratios. `--toy` does the same at toy width, to see that it runs.
+
+    python tests/benchmark.py gpu --output_dir gpu
+
+runs all that needs a GPU, in parts of at most 8 minutes. As soon as a part ends, its row is added to gpu.jsonl and, as
+tests/RESULTS.md has it, to gpu.md; the same command again goes on with the parts that have no row yet.
+
+    python tests/benchmark.py compare --against CHECKOUT
+
+prints how the speed of the trainer's loop compares with that in another checkout, from paired toy runs on the CPU.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import gc
@@ -29,6 +39,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,8 +53,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
@@ -54,8 +66,6 @@ from diffusers import (
 )
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -93,9 +103,13 @@ SD_TEXT_ENCODER = {
 SD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 GIB = 2**30
+VARIANTS = ("floor", "cached", "recipe", "floor with VAE", "shards", "plain", "plain float32")
+# What the README's real recipe asks of the loop.
+RECIPE = {"use_ema": True, "offload_ema": True, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
 # Whose time is divided by whose.
 RATIOS = (
     "cached / floor",
+    "recipe / cached",
     "shards / floor with VAE",
     "shards / cached",
     "plain / cached",
@@ -152,21 +166,33 @@ def make_jpegs(count: int, width: int, height: int) -> list[bytes]:
     return jpegs
 
 
-def write_shards(folder: Path, jpegs: Sequence[bytes], count: int, per_shard: int = 1000) -> Path:
-    """`count` samples of those images in turn, with the manifest that `data.py` would write."""
+def write_folder(folder: Path, samples: Iterator[tuple[str, dict[str, bytes]]], per_shard: int, **head: Any) -> Path:
+    """(key, {suffix: content}) samples in shards and with the manifest that `data.py` writes."""
     folder.mkdir(parents=True)
-    entries = []
-    for start in tqdm(range(0, count, per_shard), desc=f"Writing {count:,} samples", unit="shard", leave=False):
-        samples = [
-            (f"{number:09d}", jpegs[number % len(jpegs)], f"a picture of number {number} in many colours".encode())
-            for number in range(start, min(start + per_shard, count))
-        ]
-        name = f"{start // per_shard:05d}.tar"
-        size, _ = data.write_tar(folder / name, iter(samples))
-        sizes = {"image_bytes": [len(s[1]) for s in samples], "caption_bytes": [len(s[2]) for s in samples]}
-        entries.append(json.dumps({"name": name, "bytes": size, "count": len(samples), **sizes}))
-    data.write_manifest(folder, {"complete": True}, entries)
+    entries: list[str] = []
+    while rows := list(itertools.islice(samples, per_shard)):
+        entries.append(json.dumps(data.write_shard(folder, data.shard_name(len(entries)), rows)))
+    data.write_manifest(folder, {"format": data.FORMAT, "complete": True, **head}, entries)
     return folder
+
+
+def write_shards(folder: Path, jpegs: Sequence[bytes], count: int, per_shard: int = 1000) -> Path:
+    """`count` captioned samples of those images in turn."""
+    captions = (f"an image of number {number} in many colours".encode() for number in range(count))
+    samples = zip(itertools.cycle(jpegs), captions, strict=False)
+    members = ((f"{n:09d}", {".jpg": jpeg, ".txt": caption}) for n, (jpeg, caption) in enumerate(samples))
+    return write_folder(folder, members, per_shard)
+
+
+def write_cache(folder: Path, count: int, resolution: int, vae: AutoencoderKL) -> Path:
+    """A latents cache of `count` samples, all alike: what it costs to read one does not depend on what is in it."""
+    side, buffer = resolution // dt.vae_factor(vae.config), io.BytesIO()
+    np.save(buffer, np.zeros((2, 2, vae.config.latent_channels, side, side), np.float16))
+    members = {".npy": buffer.getvalue(), ".json": b'{"captions": ["an image"], "enlarged": false}'}
+    latents = {"maker": "none: zeros", "vae": "none", "scaling_factor": vae.config.scaling_factor}
+    latents |= {"resolution": resolution, "variants": 2, "crop": "in the centre", "settings": {}}
+    samples = ((f"{number:09d}", members) for number in range(count))
+    return write_folder(folder, samples, dt.LATENTS_PER_SHARD, latents=latents)
 
 
 def trainer_args(shards: Path, resolution: int, **flags: Any) -> argparse.Namespace:
@@ -177,6 +203,7 @@ def trainer_args(shards: Path, resolution: int, **flags: Any) -> argparse.Namesp
         "output_dir": shards / "unused",
         "resolution": resolution,
         "learning_rate": 1e-6,
+        "max_train_steps": 10**6,
         "random_flip": True,
         "seed": 0,
         "report_to": "none",
@@ -187,64 +214,29 @@ def trainer_args(shards: Path, resolution: int, **flags: Any) -> argparse.Namesp
     return dt.parse_args(list(itertools.chain(*words)))
 
 
-def make_accelerator(device: torch.device, precision: str) -> Accelerator:
+def make_accelerator(args: argparse.Namespace, device: torch.device) -> Accelerator:
+    """The trainer's own, on this device."""
     AcceleratorState._reset_state(reset_partial_state=True)  # the precision is kept between two of them otherwise
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, step_scheduler_with_optimizer=False)
+    PartialState(cpu=device.type == "cpu")
+    return dt.make_accelerator(args)
 
 
-def make_run(parts: Mapping[str, Any], args: argparse.Namespace, device: torch.device) -> dt.Distillation:
-    """What the trainer sets up before its loop, from models that are there already."""
-    accelerator = make_accelerator(device, args.mixed_precision)
+@torch.compiler.set_stance("force_eager")  # a teacher that is compiled already would miss the taps of the next run
+def make_run(
+    parts: Mapping[str, Any], args: argparse.Namespace, device: torch.device, encodes: bool = True
+) -> dt.Distillation:
+    """The trainer's own, of the student of a random teacher."""
     with device:
-        student = dt.build_student(parts["unet"], args.distill_level).train()
-    weight_dtype = dt.WEIGHT_DTYPES[accelerator.mixed_precision]
-    vae, text_encoder, teacher = (
-        dt.freeze(parts[name], device, weight_dtype) for name in ("vae", "text_encoder", "unet")
-    )
-    dt.choose_memory_format(args, device, weight_dtype, vae, teacher, student)
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(student.parameters(), decay=args.ema_decay, foreach=True)
-        ema.to("cpu" if args.offload_ema else device)
-        if args.offload_ema and device.type == "cuda":
-            ema.pin_memory()
-    optimizer = dt.make_optimizer(args, student, args.learning_rate)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=10**6)
-    teacher_names, student_names = zip(*dt.feature_pairs(args.distill_level), strict=True)
-    taps = dt.FeatureTap(teacher, teacher_names), dt.FeatureTap(student, student_names)
-    unet, optimizer, scheduler = accelerator.prepare(student, optimizer, scheduler)
-    return dt.Distillation(
-        args=args,
-        accelerator=accelerator,
-        weight_dtype=weight_dtype,
+        student = dt.build_student(parts["unet"], args.distill_level)
+    components = dt.Components(
+        tokenizer=parts["tokenizer"],
         noise_scheduler=parts["scheduler"],
-        vae=vae,
-        text_encoder=text_encoder,
-        teacher_unet=teacher,
-        unet=unet,
-        student_tap=taps[1],
-        teacher_tap=taps[0],
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        ema_unet=ema,
+        text_encoder=parts["text_encoder"],
+        vae=parts["vae"],
+        unet=student,
+        teacher_unet=parts["unet"],
     )
-
-
-def compile_run(run: dt.Distillation) -> None:
-    """What `--compile` does, see the trainer's `main`."""
-    for net in (run.teacher_unet, run.accelerator.unwrap_model(run.unet), run.vae.encoder):
-        net.compile(dynamic=False)
-    run.compiled_loss = torch.compile(dt.distillation_loss, dynamic=False)
-
-
-def cached_batches(
-    run: dt.Distillation, dataset: dt.DistillationDataset, args: argparse.Namespace
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of the trainer's latents cache, which is made first where it is not there."""
-    cached = dt.cache_latents(dataset, run.vae, args, run.accelerator)
-    return dt.make_dataloader(cached, args, run.accelerator, 0)
+    return dt.make_run(args, make_accelerator(args, device), components, dt.RunState(), encodes=encodes)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -257,6 +249,7 @@ class Variant:
 
     step: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
+    micro_batches: int = 1  # of a step, which is what seconds are counted by
 
 
 def synchronize(device: torch.device) -> None:
@@ -294,7 +287,7 @@ def timed_block(step: Callable[[], Any], count: int, device: torch.device) -> tu
 def take_turns(
     variants: Mapping[str, Variant], rounds: int, block: int, device: torch.device, label: str
 ) -> dict[str, dict[str, Any]]:
-    """Every variant's `seconds` per step, one of each round, with their median, and `peak_bytes`.
+    """Every variant's `seconds` per micro-batch, one of each round, with their median, and `peak_bytes`.
 
     Every other round goes backwards, so that a machine that slows down or speeds up does not favour one of them.
     """
@@ -304,7 +297,7 @@ def take_turns(
     for name in tqdm(turns, desc=label):
         variants[name].prepare()
         seconds, peak = timed_block(variants[name].step, block, device)
-        results[name]["seconds"].append(seconds)
+        results[name]["seconds"].append(seconds / variants[name].micro_batches)
         results[name]["peak_bytes"] = max(peak, results[name]["peak_bytes"] or 0) if peak else None
     for row in results.values():
         row["median_seconds"] = statistics.median(row["seconds"])
@@ -381,7 +374,7 @@ def floor_step(run: dt.Distillation, optimizer: torch.optim.Optimizer, ready: Ma
     with torch.no_grad():
         noisy = ready["noisy"].to(run.weight_dtype)
         teacher_pred = run.teacher_unet(noisy, ready["timesteps"], text, return_dict=False)[0]
-    losses = (run.compiled_loss or dt.distillation_loss)(
+    losses = run.loss_function(
         student_pred,
         teacher_pred,
         ready["noise"],
@@ -439,20 +432,34 @@ def place(run: dt.Distillation, teacher: torch.dtype, others: torch.dtype, vae: 
     run.text_encoder.to(dtype=others)
     run.vae.to(device if vae else "cpu", dtype=others)
     optimizer = run.optimizer.optimizer
+    optimizer.found_inf = None  # the trainer's step leaves it behind, and only fused kernels take it
     for group in optimizer.param_groups:
         group["fused"] = fused or None
     for state in optimizer.state.values():  # where each kind keeps its step count: elsewhere it would wait for it
         state["step"] = state["step"].to(device if fused else "cpu")
+    student, checkpointing = run.accelerator.unwrap_model(run.unet), run.args.gradient_checkpointing
+    (student.enable_gradient_checkpointing if checkpointing else student.disable_gradient_checkpointing)()
+    run.accelerator.gradient_accumulation_steps = run.args.gradient_accumulation_steps
+    run.accelerator.step = 0  # micro-batches so far: of a window that others began, none is left
+
+
+def trainer_step(run: dt.Distillation, batches: Iterator[Mapping[str, Tensor]], number: Iterator[int]) -> None:
+    """An optimiser step as the trainer's loop takes it, its health read one step later."""
+    for _ in range(run.args.gradient_accumulation_steps):
+        dt.training_step(run, next(batches), next(number))
+    list(run.health.read(run.state, wait=False))
 
 
 def training_variants(
-    run: dt.Distillation, dataset: Any, args: argparse.Namespace
+    run: dt.Distillation, dataset: Any, cached: Any, args: argparse.Namespace
 ) -> tuple[dict[str, Variant], float]:
     """The variants of one configuration, all on the same models, optimiser state and images.
 
-    With them the images per second that the loader gives on its own: where it works ahead in other processes, it could
+    `run` is the one of `RECIPE`; all but `recipe` do without what that adds, and have these `args`. With the variants
+    come the images per second that the loader gives on its own: where it works ahead in other processes, it could
     otherwise catch up during the turns of variants that do not need it.
     """
+    recipe, run = run, dataclasses.replace(run, args=args, ema_unet=None)
     device, optimizer = run.accelerator.device, run.optimizer.optimizer
     batches = dt.make_dataloader(dataset, args, run.accelerator, 0)
     first = next(batches)
@@ -460,20 +467,28 @@ def training_variants(
     loader_rate = args.train_batch_size / timed_block(lambda: next(batches), count, device)[0]
     half = run.weight_dtype is torch.bfloat16
     place(run, run.weight_dtype, run.weight_dtype, vae=True, fused=True)  # as a batch size before may not have left it
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: compiling the encoder takes longer
         pixels = first["pixel_values"].to(device, run.weight_dtype)
-        latents = run.vae.encode(pixels).latent_dist.mode().float() * run.vae.config.scaling_factor
-    noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, latents.shape[:1], device=device)
-    noisy = run.noise_scheduler.add_noise(latents, noise, timesteps)
+        encoded = run.vae.encode(pixels).latent_dist.mode().float() * run.vae.config.scaling_factor
+    noise, timesteps = torch.randn_like(encoded), torch.randint(0, 1000, encoded.shape[:1], device=device)
+    noisy = run.noise_scheduler.add_noise(encoded, noise, timesteps)
     ready = {"pixels": pixels, "ids": first["input_ids"].to(device), "noisy": noisy, "noise": noise}
     ready["timesteps"] = timesteps
 
     number = itertools.count()
-    ours = functools.partial(place, run, run.weight_dtype, run.weight_dtype, fused=True)
+    place_ours = functools.partial(place, teacher=run.weight_dtype, others=run.weight_dtype, fused=True)
+    ours = functools.partial(place_ours, run)
+    latents = dt.make_dataloader(cached, args, run.accelerator, 0)
     variants = {
         "floor": Variant(lambda: floor_step(run, optimizer, ready, False), lambda: ours(vae=False)),
+        "cached": Variant(lambda: trainer_step(run, latents, number), lambda: ours(vae=False)),
+        "recipe": Variant(
+            lambda: trainer_step(recipe, latents, number),
+            lambda: place_ours(recipe, vae=False),
+            recipe.args.gradient_accumulation_steps,
+        ),
         "floor with VAE": Variant(lambda: floor_step(run, optimizer, ready, True), lambda: ours(vae=True)),
-        "shards": Variant(lambda: dt.training_step(run, next(batches), next(number)), lambda: ours(vae=True)),
+        "shards": Variant(lambda: trainer_step(run, batches, number), lambda: ours(vae=True)),
         "plain": Variant(
             lambda: plain_step(run, optimizer, batches, half),
             lambda: place(run, torch.float32, run.weight_dtype, vae=True, fused=False),
@@ -484,9 +499,6 @@ def training_variants(
             lambda: plain_step(run, optimizer, batches, False),
             lambda: place(run, torch.float32, torch.float32, vae=True, fused=False),
         )
-    cached = cached_batches(run, dataset, args)
-    step = Variant(lambda: dt.training_step(run, next(cached), next(number)), lambda: ours(vae=False))
-    variants = {"floor": variants.pop("floor"), "cached": step, **variants}  # beside each other: they are compared
     return variants, loader_rate
 
 
@@ -508,6 +520,14 @@ def warm_up(variants: Mapping[str, Variant], run: dt.Distillation, steps: int) -
     return fitting
 
 
+def steps_of_a_second(variant: Variant, device: torch.device) -> int:
+    """Steps of a turn of about a second, on a GPU, which starts and ends a turn without work; 1 on a CPU."""
+    if device.type == "cpu":
+        return 1
+    variant.prepare()
+    return min(max(round(1 / timed_block(variant.step, 2, device)[0]), 1), 10)
+
+
 def measure_training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = args.device
     images = 16 if device.type == "cpu" else 64  # all have to be encoded first
@@ -522,52 +542,51 @@ def measure_training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"bf16 is left out: {peaks['bf16'] / 1e9:.1f} GFLOP/s here where float32 has {peaks['no'] / 1e9:.1f}.")
         precisions = ["no"]
     work = sum(sum(flops[level].values()) / peaks[name] for level in args.level for name in precisions)
-    seconds = work * sum(args.batch_size or [4, 8, 16]) * 5 * (args.rounds + 1) / 0.6
+    seconds = work * sum(args.batch_size or [4, 8, 16]) * 10 * (args.rounds + 1) / 0.6
     print(
         f"Training steps of {', '.join(args.level)} at {args.resolution} px in {', '.join(precisions)}, batch size "
         f"{args.batch_size or 'doubling from 4'}, {args.rounds} rounds: roughly {seconds / 60:.0f} minutes."
     )
     parts = make_parts(args.toy, device)
+    common = functools.partial(
+        trainer_args, shards, args.resolution, dataloader_num_workers=args.dataloader_num_workers
+    )
+    settings = common(mixed_precision="no", train_batch_size=4)
+    accelerator = make_accelerator(settings, device)
+    dataset = dt.make_train_dataset(settings, parts["tokenizer"], accelerator)
+    cached = dt.cache_latents(dataset, parts["vae"], settings, accelerator)
     results = []
     for level, precision in itertools.product(args.level, precisions):
-        flags = {"distill_level": level, "mixed_precision": precision, "compile": args.compile}
-        settings = functools.partial(
-            trainer_args, shards, args.resolution, dataloader_num_workers=args.dataloader_num_workers, **flags
-        )
-        run = make_run(parts, settings(), device)
-        if args.compile:
-            compile_run(run)
-        dataset = dt.make_train_dataset(run.args, parts["tokenizer"], run.accelerator)
+        settings = functools.partial(common, distill_level=level, mixed_precision=precision, compile=args.compile)
+        run = make_run(parts, settings(**RECIPE), device)
         for batch_size in args.batch_size or (4 * 2**power for power in itertools.count()):
             if args.compile:
                 torch.compiler.reset()  # else the second batch size would be compiled for any size
             label = f"{level}, {show_precision(precision)}, batch {batch_size}"
             try:
-                everything, loader_rate = training_variants(run, dataset, settings(train_batch_size=batch_size))
+                everything, loader_rate = training_variants(
+                    run, dataset, cached, settings(train_batch_size=batch_size)
+                )
+                everything = {name: variant for name, variant in everything.items() if name in args.variants}
                 variants = warm_up(everything, run, 1 if device.type == "cpu" else 3)
             except torch.OutOfMemoryError:
                 variants = {}
-            if not {"floor", "cached", "shards"} & variants.keys():
+            if not variants:
                 break
-            block = args.steps_per_block
-            if block is None:  # turns of about a second, were they to start and end with an idle GPU
-                first = next(iter(variants.values()))
-                first.prepare()
-                seconds = timed_block(first.step, 2, device)[0] if device.type == "cuda" else 1.0
-                block = min(max(round(1 / seconds), 1), 10)
+            block = args.steps_per_block or steps_of_a_second(next(iter(variants.values())), device)
             measured = take_turns(variants, args.rounds, block, device, label)
             result = {"label": label, "level": level, "precision": precision, "batch_size": batch_size}
             result |= {"steps_per_block": block, "matmul_flops_per_second": peaks, "flops_per_image": flops[level]}
             result |= summarize_training(result, everything, measured)
             result |= {"agreement_seconds": agreement_seconds(run), "loader_images_per_second": loader_rate}
-            if args.profile:
+            if args.profile and "cached" in variants:
                 variants["cached"].prepare()
                 result["profile"] = profile_gpu(variants["cached"].step, 5)
             results.append(result)
             del everything, variants
             gc.collect()
         drop(run)
-        del run, dataset
+        del run
         gc.collect()
         torch.cuda.empty_cache()
     return {"resolution": args.resolution, "compile": args.compile, "rounds": args.rounds, "results": results}
@@ -580,7 +599,8 @@ def summarize_training(
     variants: dict[str, Any] = {name: None for name in names}
     flops, peaks = setting["flops_per_image"], setting["matmul_flops_per_second"]
     for name, row in measured.items():
-        work = sum(count for part, count in flops.items() if part != "VAE encode" or name not in ("floor", "cached"))
+        encodes = name not in ("floor", "cached", "recipe")
+        work = sum(count for part, count in flops.items() if encodes or part != "VAE encode")
         rate = setting["batch_size"] / row["median_seconds"]
         peak = peaks["no" if name == "plain float32" else setting["precision"]]
         variants[name] = row | {"images_per_second": rate, "share_of_matmul_peak": work * rate / peak}
@@ -599,12 +619,17 @@ def drop(run: dt.Distillation) -> None:
 
 
 def agreement_seconds(run: dt.Distillation) -> float:
-    """What it takes to read the flags that a step reads, the device having nothing else to do."""
-    loss, norm = torch.ones(2, device=run.accelerator.device)
-    health = dt.StepHealth()
-    seconds = [
-        timed_block(lambda: health.agree(run.accelerator, loss, norm), 1, run.accelerator.device)[0] for _ in range(50)
-    ]
+    """What the host pays for noting a step's flags and reading those of the step before, with work queued on a GPU."""
+    device, health, seconds = run.accelerator.device, dt.StepHealth(), []
+    loss, norm = torch.ones(2, device=device)
+    queued = torch.ones(4096, 4096, device=device if device.type == "cuda" else "meta")
+    for step in range(50):
+        synchronize(device)
+        queued @ queued
+        started = time.perf_counter()
+        health.note(run.accelerator, step, loss, norm)
+        list(health.read(run.state, wait=False))
+        seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
 
@@ -675,8 +700,8 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
         peak = result["matmul_flops_per_second"][result["precision"]]
         notes.append(
             f"- {result['label']}: matmul peak {peak / 1e9:,.0f} GFLOP/s; the loader alone gives "
-            f"{result['loader_images_per_second']:.1f} images/s; agreeing on whether a step is sound takes "
-            f"{1e6 * result['agreement_seconds']:.0f} µs on an idle device."
+            f"{result['loader_images_per_second']:.1f} images/s; whether a step is sound takes the host "
+            f"{1e6 * result['agreement_seconds']:.0f} µs to note and to read one step later, while the device works."
         )
         if "profile" in result:
             kinds = ", ".join(f"{k} {ms:.1f} ms" for k, ms in result["profile"]["milliseconds_per_step"].items())
@@ -684,7 +709,10 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
     flops = {f"`{result['level']}`": result["flops_per_image"] for result in record["results"]}
     parts = list(next(iter(flops.values()), []))
     sections = [
-        table(["student, precision, batch", "variant", "s/step", "images/s", "of matmul peak", "peak memory"], rows),
+        table(
+            ["student, precision, batch", "variant", "s/micro-batch", "images/s", "of matmul peak", "peak memory"],
+            rows,
+        ),
         "Time ratios of the same round, median (lowest to highest):",
         table(
             ["student, precision, batch", *RATIOS],
@@ -693,13 +721,24 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
         f"GFLOP per image at {record['resolution']} px (two for each multiply-accumulate):",
         table(["student", *parts], [[k, *(f"{v[part] / 1e9:.1f}" for part in parts)] for k, v in flops.items()]),
         "\n".join(notes),
-        "The steps keep no moving average and write to no tracker.",
+        "`recipe` is the README's real recipe on cached latents: 4 micro-batches a step, gradient checkpointing, an "
+        "offloaded moving average. The others keep no average, but on a CPU its memory counts in all peaks. None "
+        "writes to a tracker.",
     ]
     return "\n\n".join(sections), bars
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Inference.
+
+
+@torch.no_grad()
+def count_work(unet: UNet2DConditionModel, sample: Sequence[Tensor]) -> dict[str, Any]:
+    """A U-Net's parameters and the multiply-accumulates of one pass, of its layers alone and in all."""
+    flops = count_flops(functools.partial(unet, *sample))
+    layers = sum(flops.get(f"aten.{operator}", 0) for operator in ("convolution", "addmm", "mm"))
+    macs = {"macs_conv_linear": layers // 2, "macs_with_attention": sum(flops.values()) // 2}
+    return {"parameters": dt.count_parameters(unet), **macs}
 
 
 def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]:
@@ -712,15 +751,11 @@ def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]
     sample = [inputs[name] for name in ("latents", "timesteps", "text")]
     models = {}
     for name, unet in make_unets(meta["unet"], dt.DISTILL_LEVELS).items():
-        with torch.no_grad():
-            flops = count_flops(functools.partial(unet, *sample))
-        layers = sum(flops.get(f"aten.{operator}", 0) for operator in ("convolution", "addmm", "mm"))
-        models[name] = {"parameters": dt.count_parameters(unet), "macs_conv_linear": layers // 2}
-        models[name] |= {"macs_with_attention": sum(flops.values()) // 2}
+        models[name] = count_work(unet, sample)
     work = sum(model["macs_with_attention"] * 2 for model in models.values())
     passes = 3 * (rounds + 1) * block + 6 + (2 * args.pipeline_steps + 4) * pipeline_rounds
     print(
-        f"U-Nets of the teacher and {len(models) - 1} students at {args.resolution} px, {rounds} rounds, and pictures "
+        f"U-Nets of the teacher and {len(models) - 1} students at {args.resolution} px, {rounds} rounds, and images "
         f"in {args.pipeline_steps} steps: roughly {work * passes / matmul_peak(device, dtype) / 0.6 / 60:.0f} minutes."
     )
     parts = make_parts(args.toy, device)
@@ -788,16 +823,16 @@ def inference_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, fl
         rows.append(cells + [show_gib(model[key]["peak_bytes"]) for key in ("unet_batch_1", "pipeline")])
     header = [f"U-Net at {record['resolution']} px, {show_precision(record['precision'])}", "parameters"]
     header += ["GMAC, conv and linear layers", "GMAC, with attention's products", "U-Net, batch 1", "batch 2"]
-    header += [f"picture in {record['pipeline_steps']} steps", "peak memory, U-Net", "peak memory, picture"]
+    header += [f"image in {record['pipeline_steps']} steps", "peak memory, U-Net", "peak memory, image"]
     spreads, work = [], []
     for name in list(models)[1:]:
         spreads.append(f"`{name}` {show_ratio(models[name]['unet_batch_1']['times_as_fast_as_teacher'])}")
         fewer = models["teacher"]["macs_with_attention"] / models[name]["macs_with_attention"]
         work.append(f"`{name}` {fewer:.2f}x")
     note = (
-        f"x: the teacher's time divided by this one's, median of {record['rounds']} rounds (for pictures: "
+        f"x: the teacher's time divided by this one's, median of {record['rounds']} rounds (for images: "
         f"{record['pipeline_rounds']}). U-Net, batch 1, with its spread: {', '.join(spreads)}; by MACs "
-        f"with attention: {', '.join(work)}. Memory: weights and what is used on top of them; a picture needs "
+        f"with attention: {', '.join(work)}. Memory: weights and what is used on top of them; an image needs "
         "guidance (batch 2), the VAE and the text encoder."
     )
     bars = [(f"{n}: batch {key[-1]}", models[n][key]["median_seconds"]) for key in keys[:2] for n in models]
@@ -876,7 +911,7 @@ def saved_bytes(config: str, level: str, side: int, tokens: int, batch: int, che
             if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)) and not checkpointing:
                 module.register_forward_pre_hook(lambda *_: entered.append(total))
                 module.register_forward_hook(leave)
-        tap = dt.FeatureTap(student, [name for _, name in dt.feature_pairs(level)])
+        tap = dt.FeatureTap(student, [name for _, name in dt.DISTILL_LEVELS[level].feature_pairs])
         latents = torch.zeros(batch, unet_config["in_channels"], side, side)
         text = torch.zeros(batch, tokens, unet_config["cross_attention_dim"], dtype=torch.bfloat16)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -929,26 +964,31 @@ def measured_memory(
     flags = {"distill_level": settings.level, "train_batch_size": settings.batch_size, "mixed_precision": "bf16"}
     flags |= {"gradient_checkpointing": settings.checkpointing, "use_8bit_adam": settings.adam_8bit}
     flags |= {"use_ema": settings.ema != "none", "offload_ema": settings.ema == "offloaded"}
-    run = make_run(parts, trainer_args(shards, args.resolution, **flags), device)
-    dataset = dt.make_train_dataset(run.args, parts["tokenizer"], run.accelerator)
+    if settings.cached:  # the encoding has to fit, too: a cache for each
+        cache = shards.parent / f"{settings.card}-{settings.level}-{settings.batch_size}"
+        flags |= {"cache_latents": True, "latents_cache_dir": cache}
+    run_args = trainer_args(shards, args.resolution, **flags)
+    for name in ("unet", "vae", "text_encoder"):
+        parts[name].to("cpu", torch.float32)  # where the trainer has them while it encodes
     gc.collect()
     torch.cuda.empty_cache()
     limit = settings.card * GIB - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(min(limit / torch.cuda.get_device_properties(device).total_memory, 1.0))
-    steps = itertools.count()
+    steps, run = itertools.count(), None
     result: dict[str, Any] | str = "out of memory"
     with contextlib.suppress(torch.OutOfMemoryError):
-        if settings.cached:  # the encoding has to fit, too: a cache for each
-            run.args.latents_cache_dir = str(shards.parent / f"{settings.card}-{settings.level}-{settings.batch_size}")
-            batches = cached_batches(run, dataset, run.args)
-            run.vae.to("cpu")
-        else:
-            batches = dt.make_dataloader(dataset, run.args, run.accelerator, 0)
-        batch = next(batches)
-        peak = timed_block(lambda: dt.training_step(run, batch, next(steps)), 3, device)[1]
+        accelerator = make_accelerator(run_args, device)
+        dataset = dt.make_train_dataset(run_args, parts["tokenizer"], accelerator)
+        if settings.cached:
+            dataset = dt.cache_latents(dataset, parts["vae"], run_args, accelerator)
+            parts["vae"].to("cpu")
+        run = make_run(parts, run_args, device, encodes=not settings.cached)
+        batches = itertools.repeat(next(dt.make_dataloader(dataset, run_args, accelerator, 0)))
+        peak = timed_block(lambda: trainer_step(run, batches, steps), 3, device)[1]
         result = {"peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(), "limit_bytes": limit}
     torch.cuda.set_per_process_memory_fraction(1.0)
-    drop(run)
+    if run is not None:
+        drop(run)
     return result
 
 
@@ -975,11 +1015,10 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def memory_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
     rows, bars = [], []
     for row in record["rows"]:
-        estimate, measured = row["estimate"], row["measured"]
+        estimate = row["estimate"]
         sizes = [show_gib(estimate[key]) for key in ("fixed_bytes", "image_bytes", "total_bytes")]
-        shown = measured if isinstance(measured, str) else show_gib(measured["peak_bytes"])
         sizes[2] += f" at {row['batch_size']}"
-        rows.append([f"{row['card']} GB", f"`{row['flags']}`", *sizes, shown])
+        rows.append([f"{row['card']} GB", f"`{row['flags']}`", *sizes, show_measured(row["measured"])])
         bars.append((f"{row['card']} GB: {row['flags'].replace('--', '')}", estimate["total_bytes"] / GIB))
     settings = f"settings ({record['resolution']} px)"
     header = ["card", settings, "fixed part", "activations per image", "estimate at batch", "measured peak"]
@@ -998,26 +1037,6 @@ def memory_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, float
 def first_batch(args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator) -> list[Any]:
     """All that a run holds of its data, once it has its first batch."""
     dataset = dt.make_train_dataset(args, tokenizer, accelerator)
-    batches = dt.make_dataloader(dataset, args, accelerator, 0)
-    return [dataset, batches, next(batches)]
-
-
-def write_cache(folder: Path, count: int, args: argparse.Namespace, parts: Mapping[str, Any]) -> dt.LatentShards:
-    """A latents cache of `count` samples, all alike: what it costs to read one does not depend on what is in it."""
-    folder.mkdir(parents=True)
-    shards, record = dt.LatentShards(folder, count), dt.record_type(args, parts["vae"], parts["tokenizer"], 1)
-    row = np.zeros(record["input_ids"].shape, np.int64), False, np.zeros(record["latents"].shape, np.float16)
-    for number in range(-(-count // dt.LATENTS_PER_SHARD)):
-        shards.write(number, [row] * len(shards.rows(number)), record)
-    return shards
-
-
-def first_cached_batch(folder: Path, count: int, args: argparse.Namespace, accelerator: Accelerator) -> list[Any]:
-    """All that a run holds of its data where it lies in a latents cache, once it has looked whether that is whole."""
-    shards = dt.LatentShards(folder, count)
-    assert not shards.missing()
-    draws = {"empty_ids": torch.zeros(1), "proportion_empty_prompts": 0.0}
-    dataset = dt.DistillationDataset(shards, ("latents", "input_ids"), 0, prepare=dt.cached_example, **draws)
     batches = dt.make_dataloader(dataset, args, accelerator, 0)
     return [dataset, batches, next(batches)]
 
@@ -1044,23 +1063,24 @@ def held_bytes(call: Callable[[], Any]) -> tuple[int, int]:
     return held, max(held, peak)
 
 
-def process_rate(processes: int, steps: int, folder: Path) -> float:
-    """Steps per second that a real run on the CPU reports, with one thread in each process."""
-    line = f"""-m torch.distributed.run --standalone --nproc_per_node {processes} distill_training.py
-        --distill_level sd_tiny --pretrained_model_name_or_path tests/tiny-sd --train_data_dir tests/shapes/train
-        --resolution 64 --train_batch_size 16 --learning_rate 1e-4 --lr_warmup_steps 0 --seed 0 --report_to none
-        --mixed_precision no --max_train_steps {steps} --output_dir"""
+def training_rate(output: Path, steps: int, processes: int = 1, checkout: Path = ROOT, *flags: str) -> float:
+    """Steps per second that a checkout's real toy run on the CPU reports, with one thread in each process."""
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split() if processes > 1 else []
+    line = f"""--distill_level sd_tiny --resolution 64 --train_batch_size 16 --learning_rate 1e-4 --lr_warmup_steps 0
+        --seed 0 --report_to none --mixed_precision no --max_train_steps {steps}""".split()
+    places = {"pretrained_model_name_or_path": ROOT / "tests/tiny-sd", "train_data_dir": ROOT / "tests/shapes/train"}
+    for name, place in {**places, "output_dir": output}.items():
+        line += [f"--{name}", str(place)]
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *line.split(), str(folder)],
-        cwd=ROOT,
+        [sys.executable, *launch, str(checkout / "distill_training.py"), *line, *flags],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     match = re.search(r"Steps per second = ([\d.]+)", done.stdout + done.stderr)
     if done.returncode or match is None:
-        sys.exit(f"The training run with {processes} processes failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"The training run of {checkout} in {processes} processes failed:\n{done.stderr[-2000:]}")
     return float(match[1])
 
 
@@ -1071,18 +1091,17 @@ def measure_growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"Start-up on {', '.join(f'{count:,}' for count in counts)} samples, and {rounds} runs of {steps} steps with "
         f"1 and with 2 processes: {'seconds' if args.toy else 'about ten minutes'}."
     )
-    accelerator, parts = make_accelerator(torch.device("cpu"), "no"), make_parts(args.toy, torch.device("meta"))
-    jpegs, starts = make_jpegs(16, 72, 64), []
+    parts, jpegs, starts = make_parts(args.toy, torch.device("meta")), make_jpegs(16, 72, 64), []
     for count in counts:
         shards = write_shards(folder / f"shards-{count}", jpegs, count)
-        settings = trainer_args(shards, 64, train_batch_size=4)
-        write_cache(folder / f"cache-{count}", count, settings, parts)
+        cache = write_cache(folder / f"cache-{count}", count, 64, parts["vae"])
         for kind in ("latents cache", "shards with their manifest", "shards without it"):
             if kind == "shards without it":
                 (shards / "manifest.json").unlink()
+            source = cache if kind == "latents cache" else shards
+            settings = trainer_args(source, 64, train_batch_size=4, mixed_precision="no")
+            accelerator = make_accelerator(settings, torch.device("cpu"))
             begin = functools.partial(first_batch, settings, parts["tokenizer"], accelerator)
-            if kind == "latents cache":
-                begin = functools.partial(first_cached_batch, folder / f"cache-{count}", count, settings, accelerator)
             seconds = [timed_block(begin, 1, torch.device("cpu"))[0] for _ in range(1 if args.toy else 3)]
             held, peak = held_bytes(begin)
             starts.append({"kind": kind, "samples": count, "seconds": seconds, "held_bytes": held, "peak_bytes": peak})
@@ -1090,7 +1109,7 @@ def measure_growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for processes in rates:
-            rates[processes].append(process_rate(processes, steps, folder / f"run-{number}-{processes}"))
+            rates[processes].append(training_rate(folder / f"run-{number}-{processes}", steps, processes))
     return {"starts": starts, "steps": steps, "batch_size": 16, "steps_per_second": rates}
 
 
@@ -1119,6 +1138,140 @@ def growth_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, float
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Two checkouts.
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the ratio of the cached loop's speed here and in another checkout, in runs that take turns."""
+    here: list[float] = []
+    there: list[float] = []
+    sides = [(ROOT, here), (Path(args.against).resolve(), there)]
+    print(f"{args.rounds} pairs of runs of {args.steps} steps, steps per second here and there:", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        for number in range(args.rounds):
+            for side in (0, 1) if number % 2 == 0 else (1, 0):
+                checkout, rates = sides[side]
+                output, cache = Path(name) / f"{side}-{number}", Path(name) / f"latents-{side}"
+                flags = "--cache_latents", "--latents_cache_dir", str(cache)
+                rates.append(training_rate(output, args.steps, 1, checkout, *flags))
+            print(f"{here[-1]:.3f} {there[-1]:.3f}", flush=True)
+    print(f"Here / there, median (lowest to highest): {show_ratio(paired_ratio(here, there))}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# All that needs a GPU, part by part.
+
+RECIPE_PART = "tests/benchmark.py training --level sd_small --precision bf16 --variants cached recipe --compile"
+GPU_PARTS = {  # what `python` is given
+    **{f"recipe-{size}": f"{RECIPE_PART} --batch_size {size}" for size in (16, 32, 64)},
+    "recipe-32-cudnn-benchmark": f"{RECIPE_PART} --batch_size 32 --cudnn_benchmark",
+    "recipe-32-conv-1x1-as-mm": f"{RECIPE_PART} --batch_size 32 --conv_1x1_as_mm",
+    "memory": "tests/benchmark.py memory",
+    "inference": "tests/benchmark.py inference --precision bf16",
+    "pytest": "-m pytest -q -rfEs -m gpu tests",
+}
+PART_SECONDS = 480  # that a part may take
+
+
+def run_within(seconds: float, line: Sequence[str]) -> tuple[int | None, str]:
+    """The exit code of a command, None where it took longer and was ended with all its processes; what it printed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, **pipes)
+    code = None
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+    except BaseException:  # an interrupt reaches this process alone
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return code, printed
+
+
+def key_figures(what: str, record: Mapping[str, Any]) -> list[str]:
+    """A benchmark's record in a few words."""
+    figures = []
+    if what == "training":
+        for result in record["results"]:
+            for name, row in result["variants"].items():
+                shown = "out of memory"
+                if row:
+                    shown = f"{row['median_seconds']:.4g} s/micro-batch, {row['images_per_second']:.4g} images/s"
+                    shown += f", peak {show_gib(row['peak_bytes'])}"
+                figures.append(f"{result['label']}, {name}: {shown}")
+            figures += [f"time of {name}: {show_ratio(ratio)}" for name, ratio in result["ratios"].items()]
+    elif what == "memory":
+        for row in record["rows"]:
+            figures.append(f"{row['card']} GB, {row['flags']}: {show_measured(row['measured'])}")
+    else:
+        for name, model in record["models"].items():
+            times = []
+            for key, shown in (("unet_batch_1", "U-Net"), ("unet_batch_2", "batch 2"), ("pipeline", "image")):
+                faster = model[key]["times_as_fast_as_teacher"]["median"]
+                times.append(f"{shown} {model[key]['median_seconds']:.4g} s ({faster:.2f}x)")
+            figures.append(f"{name}: {', '.join(times)}, peak {show_gib(model['pipeline']['peak_bytes'])}")
+    return figures or ["out of memory"]
+
+
+def measure_part(command: str) -> tuple[list[str], dict[str, Any]]:
+    """Run a part in a process of its own; its figures, or what became of it, and its record where it wrote one."""
+    words = shlex.split(command)
+    benchmarks = words[0] == "tests/benchmark.py"
+    with tempfile.TemporaryDirectory() as folder:
+        written = ["--output_dir", folder] if benchmarks else []
+        code, printed = run_within(PART_SECONDS, [sys.executable, *words, *written])
+        if code == 0 and benchmarks:
+            record = json.loads((Path(folder) / f"{words[1]}.json").read_text())
+            return key_figures(words[1], record), record
+    lines = [line for line in printed.splitlines() if line.strip()] or ["it printed nothing"]
+    if code is None:
+        return [f"out of time: ended after {PART_SECONDS} s"], {}
+    if "OutOfMemoryError" in lines[-1]:
+        return ["out of memory"], {}
+    of_tests = [line for line in lines if line.startswith(("SKIPPED", "FAILED", "ERROR"))]
+    return [f"exit code {code}: {lines[-1]}", *of_tests], {}
+
+
+def measure_gpu(args: argparse.Namespace) -> None:
+    """Run the parts that have no row yet, and add their rows, one by one."""
+    rows, page = Path(args.output_dir) / "gpu.jsonl", Path(args.output_dir) / "gpu.md"
+    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    header = ["date", "commit", "device", "command", "figures"]
+    if not page.exists():
+        page.write_text(table(header, []) + "\n")
+    for name in args.parts or GPU_PARTS:
+        command = GPU_PARTS[name]
+        if command.startswith("tests/") and args.toy:
+            command += f" --toy --rounds 1 --device {args.device.type} --threads {args.threads}"
+            if args.device.type == "cpu":  # on which compiling takes minutes, and so does bf16
+                command = re.sub(" --compile| --conv_1x1_as_mm", "", command).replace("bf16", "no")
+        if any((row["part"], row["command"]) == (name, f"python {command}") for row in done):
+            print(f"{name}: has its row.")
+            continue
+        print(f"{name}: at most {PART_SECONDS / 60:.0f} minutes.", flush=True)
+        figures, record = measure_part(command)
+        row = {"part": name, "date": datetime.date.today().isoformat(), "commit": git_commit()}
+        row |= {"device": device_name(args.device), "command": f"python {command}", "figures": figures}
+        with rows.open("a") as file:
+            file.write(json.dumps(row | {"record": record}) + "\n")
+        cells = [row["date"], row["commit"], row["device"], f"`{row['command']}`", "<br>".join(figures)]
+        line = f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n"
+        with page.open("a") as file:
+            file.write(line)
+        print(line, end="", flush=True)
+
+
+def git_commit() -> str:
+    """The short name of the commit that is checked out, 'unknown' where git does not tell."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        line = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # What is written.
 
 
@@ -1129,6 +1282,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def show_gib(count: float | None) -> str:
     return "not measured" if count is None else f"{count / GIB:.2f} GiB"
+
+
+def show_measured(memory: Mapping[str, Any] | str) -> str:
+    return memory if isinstance(memory, str) else show_gib(memory["peak_bytes"])
 
 
 def show_precision(name: str) -> str:
@@ -1197,7 +1354,7 @@ def write_results(args: argparse.Namespace, record: Mapping[str, Any]) -> None:
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     flag = parser.add_argument
-    flag("what", choices=[*BENCHMARKS, "all"], help="What to measure.")
+    flag("what", choices=[*BENCHMARKS, "all", "gpu", "compare"], help="What to measure.")
     flag("--output_dir", default="benchmark", help="Where the results go.")
     flag("--toy", action="store_true", help="Toy width: shows that it runs, the figures mean nothing.")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1211,12 +1368,18 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["no", "bf16"],
         help="Default: bf16 on a GPU; on a CPU no, and bf16 to train.",
     )
-    flag("--rounds", type=int, default=7, help="How often all variants take their turn.")
+    flag("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="Steps to compare; default: all.")
+    flag("--rounds", type=int, help="How often all variants take their turn; default: 7, to compare: 15.")
     flag("--steps_per_block", type=int, help="Steps of one turn; default: 1 on a CPU, up to 10 on a GPU.")
     flag("--pipeline_steps", type=int, default=25, help="Steps of an image.")
     flag("--dataloader_num_workers", type=int, help="The trainer's; default: 0 on a CPU, 8 on a GPU.")
     flag("--compile", action="store_true", help="Compile teacher and student, for the floor too.")
+    flag("--conv_1x1_as_mm", action="store_true", help="Compile convolutions of one pixel to matrix products.")
+    flag("--cudnn_benchmark", action="store_true", help="Let cuDNN try its convolutions.")
     flag("--profile", action="store_true", help="Show where the GPU's time goes in a step on cached latents.")
+    flag("--parts", nargs="+", choices=GPU_PARTS, help="Of gpu; default: all.")
+    flag("--against", help="To compare: the other checkout.")
+    flag("--steps", type=int, default=100, help="To compare: steps of every run.")
     args = parser.parse_args(input_args)
 
     args.device = torch.device(args.device)
@@ -1226,11 +1389,22 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         "resolution": 64 if args.toy else large,
         "batch_size": [2] if args.toy else [4, 1] if on_cpu else None,
         "dataloader_num_workers": 0 if on_cpu else 8,
+        "rounds": 15 if args.what == "compare" else 7,
     }
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    names = ("threads", "resolution", "rounds", "steps_per_block", "pipeline_steps")
+    if problems := find_problems(args):
+        parser.error("\n  " + "\n  ".join(problems))
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags, one sentence each."""
+    names, on_cpu = (
+        ("threads", "resolution", "rounds", "steps_per_block", "pipeline_steps", "steps"),
+        args.device.type == "cpu",
+    )
     numbers = {name: getattr(args, name) for name in names}
     problems = [f"--{name} must be at least 1, got {n}." for name, n in numbers.items() if n is not None and n < 1]
     problems += [f"--batch_size must be at least 1, got {size}." for size in args.batch_size or [] if size < 1]
@@ -1238,18 +1412,31 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         problems.append(f"--resolution must be a multiple of 64, got {args.resolution}.")
     if not on_cpu and not torch.cuda.is_available():
         problems.append("--device cuda: torch sees no GPU.")
-    if args.profile and on_cpu:
-        problems.append("--profile looks at a GPU's kernels: it needs --device cuda.")
+    if args.profile and (on_cpu or "cached" not in args.variants):
+        problems.append("--profile looks at a GPU's kernels: it needs --device cuda and the variant cached.")
+    if args.conv_1x1_as_mm and not args.compile:
+        problems.append("--conv_1x1_as_mm needs --compile.")
+    if args.what == "gpu" and on_cpu and not args.toy:
+        problems.append("gpu needs --device cuda; --toy --device cpu shows that it runs.")
+    if args.what == "compare" and not (Path(args.against or ROOT / "none") / "distill_training.py").is_file():
+        problems.append(f"compare needs --against with a folder that holds distill_training.py, got {args.against}.")
     names = BENCHMARKS if args.what == "all" else [args.what]
     there = [path for name in names if (path := Path(args.output_dir) / f"{name}.json").exists()]
-    problems += [f"--output_dir {args.output_dir} holds {path.name} already: choose another." for path in there]
-    if problems:
-        parser.error("\n  " + "\n  ".join(problems))
-    return args
+    return problems + [f"--output_dir {args.output_dir} holds {path.name} already: choose another." for path in there]
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.what == "compare":
+        compare(args)
+        return
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if args.what == "gpu":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the part that runs ends, too
+        try:
+            measure_gpu(args)
+        except KeyboardInterrupt:
+            sys.exit("Stopped: the same command goes on with the part that was running.")
+        return
     if args.what == "all":  # each in a process of its own, whose memory goes with it
         flags = sys.argv[1:]
         flags.remove("all")
@@ -1260,6 +1447,8 @@ def main(args: argparse.Namespace) -> None:
         return
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    torch._inductor.config.conv_1x1_as_mm = args.conv_1x1_as_mm
     with tempfile.TemporaryDirectory() as folder:
         record = BENCHMARKS[args.what][0](args, Path(folder))
     write_results(args, record)

@@ -6,7 +6,7 @@
 runs the README's quickstart once for every seed, and once more with the task loss alone (same steps, schedule, data
 order and noise), lets the judge of `make_tiny_sd.py` read the images of teacher, pruned student and both trained
 students (the held-out prompts, 20 steps of DPM-Solver++, the same noise for all), and writes
-`quality/quality.json` and the README's table.
+`quality/quality.json` and the table in tests/RESULTS.md.
 """
 
 import argparse

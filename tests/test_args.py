@@ -20,7 +20,7 @@ ACCEPTED: list[tuple[str, str | None, object]] = [
     ("pretrained_model_name_or_path", "someone/model", "someone/model"),
     ("revision", "main", "main"),
     ("variant", "fp16", "fp16"),
-    ("dataset_name", "someone/pictures", "someone/pictures"),
+    ("dataset_name", "someone/images", "someone/images"),
     ("dataset_config_name", "default", "default"),
     ("train_data_dir", "{shards}", "{shards}"),
     ("image_column", "picture", "picture"),
@@ -99,6 +99,7 @@ BOUNDS: dict[str, tuple[str, list[str], list[str]]] = {
     "feature_weight": AT_LEAST_0_REAL,
     "noise_offset": AT_LEAST_0_REAL,
     "input_perturbation": AT_LEAST_0_REAL,
+    "validation_guidance_scale": AT_LEAST_0_REAL,
     "adam_weight_decay": AT_LEAST_0_REAL,
     "dataloader_num_workers": AT_LEAST_0,
     "lr_warmup_steps": AT_LEAST_0,
@@ -134,7 +135,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "seed too large": (["--seed", str(2**32)], DATA, "--seed must be"),
     "no data": ([], [], "Give either --dataset_name or --train_data_dir, and not both."),
-    "both data": (["--dataset_name", "someone/pictures"], DATA, "Give either --dataset_name or --train_data_dir"),
+    "both data": (["--dataset_name", "someone/images"], DATA, "Give either --dataset_name or --train_data_dir"),
     "data absent": ([], ["--train_data_dir", "{root}/absent"], "--train_data_dir {root}/absent is not a folder."),
     "data a file": ([], ["--train_data_dir", "{root}/file"], "--train_data_dir {root}/file is not a folder."),
     "data without images": (
@@ -149,7 +150,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "streaming without end": (
         ["--streaming"],
-        ["--dataset_name", "someone/pictures"],
+        ["--dataset_name", "someone/images"],
         "--streaming needs --max_train_steps",
     ),
     "model absent": (

@@ -1,9 +1,11 @@
 """The benchmark runs at toy width and writes what it should; the figures themselves are not looked at."""
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import benchmark
@@ -55,14 +57,14 @@ def test_training(tmp_path: Path) -> None:
     training = read_benchmark("training", tmp_path, done.stdout)
     plain, half = training["results"]
     assert (plain["precision"], half["precision"]) == ("no", "bf16")
-    assert {"floor", "cached", "floor with VAE", "shards", "plain"} == plain["variants"].keys()
+    assert {"floor", "cached", "recipe", "floor with VAE", "shards", "plain"} == plain["variants"].keys()
     assert "plain float32" in half["variants"] and "plain float32" not in plain["variants"]
     for result in (plain, half):
         flops = result["flops_per_image"]
         for name, row in result["variants"].items():
             assert len(row["seconds"]) == 2 and row["median_seconds"] == statistics.median(row["seconds"])
             assert row["images_per_second"] == pytest.approx(2 / row["median_seconds"])
-            work = sum(flops.values()) - (flops["VAE encode"] if name in ("floor", "cached") else 0)
+            work = sum(flops.values()) - (flops["VAE encode"] if name in ("floor", "cached", "recipe") else 0)
             precision = "no" if name == "plain float32" else result["precision"]
             achieved = row["share_of_matmul_peak"] * result["matmul_flops_per_second"][precision]
             assert achieved == pytest.approx(work * row["images_per_second"])
@@ -86,6 +88,7 @@ def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             times = record["models"]["teacher"][key]["seconds"], model[key]["seconds"]
             pairs = [teacher / mine for teacher, mine in zip(*times, strict=True)]
             assert model[key]["times_as_fast_as_teacher"]["pairs"] == pytest.approx(pairs)
+    assert [figure.partition(":")[0] for figure in benchmark.key_figures("inference", record)] == list(PUBLISHED)
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +96,8 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(record["rows"]) == len(benchmark.MEMORY_SETTINGS)
     assert {row["measured"] for row in record["rows"]} == {"not measured"}
     assert record["text"].count("not measured |") == len(record["rows"])
+    figures = benchmark.key_figures("memory", record)
+    assert len(figures) == len(record["rows"]) and all(figure.endswith(": not measured") for figure in figures)
 
 
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +114,9 @@ def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["training", "--resolution", "100"], "--resolution must be a multiple of 64, got 100."),
         (["training", "--batch_size", "4", "0"], "--batch_size must be at least 1, got 0."),
         (["training", "--device", "cpu", "--profile"], "--profile looks at a GPU's kernels"),
+        (["training", "--conv_1x1_as_mm"], "--conv_1x1_as_mm needs --compile."),
+        (["gpu", "--device", "cpu"], "gpu needs --device cuda; --toy --device cpu shows that it runs."),
+        (["compare", "--against", "none"], "needs --against with a folder that holds distill_training.py, got none."),
     ],
 )
 def test_bad_flags(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +142,106 @@ def test_all_is_each_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(SystemExit) as caught:
         benchmark.main(benchmark.parse_args(["all", *flags]))
     assert caught.value.code == 3 and len(lines) == 5
+
+
+def test_commands_of_the_gpu_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert list(benchmark.GPU_PARTS)[-1] == "pytest"
+    for command in list(benchmark.GPU_PARTS.values())[:-1]:
+        script, *words = shlex.split(command)
+        args = benchmark.parse_args([*words, "--device", "cuda", "--output_dir", str(tmp_path)])
+        assert script == "tests/benchmark.py" and args.what in benchmark.BENCHMARKS
+        assert args.what != "training" or (args.compile and args.precision == ["bf16"] and "recipe" in args.variants)
+
+
+def test_gpu_parts_are_rows_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training part, one that fails, and the tests, each in a real process."""
+    broken = shlex.join(["-c", "raise ValueError('in two | parts')"])
+    parts = {name: benchmark.GPU_PARTS[name] for name in ("recipe-16", "pytest")}
+    monkeypatch.setattr(benchmark, "GPU_PARTS", {"recipe-16": parts["recipe-16"], "broken": broken, **parts})
+    line = ["gpu", "--toy", "--device", "cpu", "--threads", "1", "--output_dir", str(tmp_path)]
+    benchmark.main(benchmark.parse_args(line))
+    rows = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [row["part"] for row in rows] == ["recipe-16", "broken", "pytest"]
+    training, failed, tests = (row["figures"] for row in rows)
+    label = "sd_small, float32, batch 16"
+    assert [figure.partition(": ")[0] for figure in training[:2]] == [f"{label}, cached", f"{label}, recipe"]
+    assert [training[2].partition(": ")[0]] == ["time of recipe / cached"] and len(training) == 3
+    assert rows[0]["record"]["results"][0]["variants"].keys() == {"cached", "recipe"}
+    assert failed == ["exit code 1: ValueError: in two | parts"]
+    assert tests[0].startswith("exit code 0: ") and ("passed" in tests[0] or len(tests) > 1)
+    header, rule, *written = (tmp_path / "gpu.md").read_text().splitlines()
+    assert header == "| date | commit | device | command | figures |" and len(written) == 3
+    for row, text in zip(rows, written, strict=True):
+        shown = [row["date"], row["commit"], row["device"], f"`{row['command']}`", "<br>".join(row["figures"])]
+        assert [cell.strip() for cell in text.split("|")[1:-1]] == [cell.replace("|", "/") for cell in shown]
+    before = [(tmp_path / name).read_bytes() for name in ("gpu.jsonl", "gpu.md")]
+    capsys.readouterr()
+    monkeypatch.setattr(benchmark, "measure_part", lambda command: pytest.fail(f"{command} ran again"))
+    benchmark.main(benchmark.parse_args(line))
+    assert capsys.readouterr().out.count("has its row.") == 3
+    assert [(tmp_path / name).read_bytes() for name in ("gpu.jsonl", "gpu.md")] == before
+
+
+def test_a_gpu_part_out_of_time_or_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = shlex.join(["-c", "import os, time; os.fork(); time.sleep(90)"])
+    large = shlex.join(["-c", "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')"])
+    monkeypatch.setattr(benchmark, "GPU_PARTS", {"left out": "-c 1", "slow": slow, "large": large})
+    line = ["gpu", "--toy", "--device", "cpu", "--output_dir", str(tmp_path), "--parts"]
+    monkeypatch.setattr(benchmark, "PART_SECONDS", 1)
+    monkeypatch.setattr(benchmark, "git_commit", lambda: "unknown")
+    started = time.monotonic()
+    benchmark.main(benchmark.parse_args([*line, "slow"]))
+    assert time.monotonic() - started < 60
+    monkeypatch.setattr(benchmark, "PART_SECONDS", 120)
+    benchmark.main(benchmark.parse_args([*line, "slow", "large"]))
+    rows = [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    found = {row["part"]: row["figures"] for row in rows}
+    assert found == {"slow": ["out of time: ended after 1 s"], "large": ["out of memory"]} and len(rows) == 2
+    nothing = {"results": []}  # where not even the first batch could be made
+    assert benchmark.key_figures("training", nothing) == ["out of memory"]
+
+
+def test_git_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert benchmark.git_commit() == "unknown"
+    commit = "-c user.name=a -c user.email=a@b commit --quiet --allow-empty -m first".split()
+    for line in (["init", "--quiet"], commit):
+        subprocess.run(["git", *line], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert head.stdout.startswith(benchmark.git_commit()) and len(benchmark.git_commit()) >= 7
+
+
+def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two checkouts take turns, in runs of their own with a cache of their own."""
+    script = """import sys
+from pathlib import Path
+
+folder = Path(__file__).parent
+runs = folder.parent / "runs"
+with runs.open("a") as file:
+    print(folder.name, *sys.argv[1:], file=file)
+print("Steps per second =", RATE * len(runs.read_text().splitlines()))
+"""
+    for name, rate in (("here", 3), ("there", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "distill_training.py").write_text(script.replace("RATE", str(rate)))
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path / "here")
+    line = ["compare", "--against", str(tmp_path / "there"), "--rounds", "3", "--steps", "7"]
+    benchmark.main(benchmark.parse_args(line))
+    runs = (tmp_path / "runs").read_text().splitlines()
+    assert [run.split()[0] for run in runs] == ["here", "there", "there", "here", "here", "there"]
+    caches = [
+        {run.split("--latents_cache_dir ")[1] for run in runs if run.startswith(name)} for name in ("here", "there")
+    ]
+    assert [len(found) for found in caches] == [1, 1] and caches[0] != caches[1]
+    assert all("--cache_latents" in run and "--max_train_steps 7 " in run for run in runs)
+    # 3 * 1 / 2, 3 * 4 / 3 and 3 * 5 / 6.
+    assert "Here / there, median (lowest to highest): 2.500 (1.500 to 4.000)" in capsys.readouterr().out
+    assert benchmark.parse_args(line[:3]).rounds == 15
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +306,7 @@ def test_saved_bytes_are_those_of_a_real_forward_pass(teacher: Path) -> None:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tap = dt.FeatureTap(student, [name for _, name in dt.feature_pairs("sd_small")])
+    tap = dt.FeatureTap(student, [name for _, name in dt.DISTILL_LEVELS["sd_small"].feature_pairs])
     latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 16, 16, dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16):
@@ -251,19 +359,20 @@ def test_take_turns() -> None:
 
 def test_shards_are_those_of_the_trainer(tmp_path: Path) -> None:
     shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(2, 40, 32), 5, per_shard=2)
-    with_manifest = dt.TarShards(shards, "text")
+    with_manifest = dt.data.ShardFolder(shards)
     (shards / "manifest.json").unlink()
-    without = dt.TarShards(shards, "text")
+    without = dt.data.ShardFolder(shards)
     assert len(with_manifest) == 5 and (with_manifest.places == without.places).all()
-    assert without[4]["text"].startswith("a picture of number 4")
+    assert without[4]["text"].startswith("an image of number 4")
 
 
 def test_held_bytes_see_numpy_and_torch(tmp_path: Path) -> None:
     held, _ = benchmark.held_bytes(lambda: [torch.zeros(1000, 1000), bytes(10**6)])
     assert held == pytest.approx(5e6, rel=0.01)
     shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(1, 40, 32), 5)
-    accelerator = benchmark.make_accelerator(torch.device("cpu"), "no")
-    kept = benchmark.first_batch(benchmark.trainer_args(shards, 32, train_batch_size=2), make_tokenizer(), accelerator)
+    args = benchmark.trainer_args(shards, 32, train_batch_size=2, mixed_precision="no")
+    accelerator = benchmark.make_accelerator(args, torch.device("cpu"))
+    kept = benchmark.first_batch(args, make_tokenizer(), accelerator)
     assert kept[-1]["pixel_values"].shape == (2, 3, 32, 32)
 
 
@@ -271,16 +380,26 @@ def test_the_optimiser_serves_all_variants(tmp_path: Path) -> None:
     """A floor step, one of the trainer and a plain one in turn, on one optimiser state of which each takes a step."""
     parts = benchmark.make_parts(True, torch.device("cpu"))
     shards = benchmark.write_shards(tmp_path / "shards", benchmark.make_jpegs(4, 96, 72), 8)
-    args = benchmark.trainer_args(shards, 64, distill_level="sd_tiny", mixed_precision="bf16", train_batch_size=2)
-    run = benchmark.make_run(parts, args, torch.device("cpu"))
+    flags = {"distill_level": "sd_tiny", "mixed_precision": "bf16", "train_batch_size": 2}
+    args = benchmark.trainer_args(shards, 64, **flags)
+    run = benchmark.make_run(
+        parts, benchmark.trainer_args(shards, 64, **flags, **benchmark.RECIPE), torch.device("cpu")
+    )
     dataset = dt.make_train_dataset(args, parts["tokenizer"], run.accelerator)
-    variants, _ = benchmark.training_variants(run, dataset, args)
-    for number, variant in enumerate(variants.values(), start=1):
+    cached = dt.cache_latents(dataset, parts["vae"], args, run.accelerator)
+    variants, _ = benchmark.training_variants(run, dataset, cached, args)
+    for number, (name, variant) in enumerate(variants.items(), start=1):
         before = [parameter.detach().clone() for parameter in run.unet.parameters()]
+        averaged = run.ema_unet.optimization_step
         variant.prepare()
         variant.step()
         assert any(not torch.equal(a, b) for a, b in zip(before, run.unet.parameters(), strict=True))
         assert {int(state["step"]) for state in run.optimizer.optimizer.state.values()} == {number}
+        assert run.accelerator.sync_gradients  # nothing is left of a window
+        is_recipe = name == "recipe"
+        assert run.ema_unet.optimization_step == averaged + is_recipe
+        assert run.unet.down_blocks[0].gradient_checkpointing == is_recipe
+        assert variant.micro_batches == (4 if is_recipe else 1)
     variants["plain float32"].prepare()
     assert run.teacher_unet.dtype is run.vae.dtype is torch.float32
     assert not run.optimizer.optimizer.param_groups[0]["fused"]
@@ -288,5 +407,5 @@ def test_the_optimiser_serves_all_variants(tmp_path: Path) -> None:
     assert run.teacher_unet.dtype is run.vae.dtype is torch.bfloat16
     assert run.optimizer.optimizer.param_groups[0]["fused"]
     variants["plain float32"].prepare()
-    benchmark.training_variants(run, dataset, args)  # the next batch size, whatever the last turn left behind
+    benchmark.training_variants(run, dataset, cached, args)  # the next batch size, whatever the last turn left behind
     benchmark.drop(run)

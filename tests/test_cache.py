@@ -1,6 +1,8 @@
-"""The cache of latents and token ids: what is in it, when it is made anew, and what a run reads out of it."""
+"""Shards of latents: what is in them, when they are made anew, and what a run reads out of them, cached or given."""
 
 import argparse
+import functools
+import gc
 import io
 import itertools
 import json
@@ -9,6 +11,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +30,24 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
-from helpers import ROOT, assert_same_batches, data_args, dataset_of, flags, make_tokenizer, train, write_tar
+from helpers import (
+    ROOT,
+    assert_equal,
+    assert_same_batches,
+    data_args,
+    dataset_of,
+    flags,
+    make_tokenizer,
+    train,
+    unet_weights,
+    watched,
+    write_tar,
+)
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import data
 import distill_training as dt
 
 SIDE = 16  # pixels of the images, which have 2 x 2 latents then
@@ -70,8 +86,13 @@ def batches_of(dataset: dt.DistillationDataset, args: argparse.Namespace, count:
     return list(itertools.islice(dt.make_dataloader(dataset, args, Accelerator(cpu=True), 0), count))
 
 
+def place_of(dataset: dt.DistillationDataset) -> Path:
+    """The folder of its shards."""
+    return dataset.rows.paths[0].parent
+
+
 def contents(dataset: dt.DistillationDataset) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in dataset.rows.folder.glob("*.npy")}
+    return {path.name: path.read_bytes() for path in place_of(dataset).glob("*.tar")}
 
 
 def assert_latents_of(example: dict[str, torch.Tensor], pixel_values: torch.Tensor, vae: AutoencoderKL) -> None:
@@ -112,30 +133,17 @@ def test_mean_and_deviation_sample_as_the_vae_does(teacher: Path, dtype: torch.d
 
 
 def new_run(teacher: Path, args: argparse.Namespace, vae: AutoencoderKL) -> dt.Distillation:
-    accelerator = Accelerator(cpu=True)
-    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet").requires_grad_(False)
-    unet = dt.build_student(teacher_unet, "sd_tiny").train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    teacher_names, student_names = zip(*dt.feature_pairs("sd_tiny"), strict=True)
-    taps = {
-        "teacher_tap": dt.FeatureTap(teacher_unet, teacher_names),
-        "student_tap": dt.FeatureTap(unet, student_names),
-    }
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    return dt.Distillation(
-        args=args,
-        accelerator=accelerator,
-        weight_dtype=torch.float32,
+    args.max_train_steps = 100
+    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
+    components = dt.Components(
+        tokenizer=make_tokenizer(),
         noise_scheduler=DDPMScheduler.from_pretrained(teacher, subfolder="scheduler"),
+        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
         vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder").requires_grad_(False),
+        unet=dt.build_student(teacher_unet, "sd_tiny"),
         teacher_unet=teacher_unet,
-        unet=unet,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        ema_unet=None,
-        **taps,
     )
+    return dt.make_run(args, Accelerator(cpu=True), components, dt.RunState())
 
 
 def test_a_step_from_the_cache_is_the_same_step(
@@ -233,7 +241,7 @@ def test_unusable_rows_are_replaced_as_without_it(
     tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
 ) -> None:
     rows = [{"image": {"bytes": png(i), "path": None}, "text": f"{'abcdefghij'[i]} x"} for i in range(10)]
-    rows[1]["image"] = {"bytes": b"no picture", "path": None}
+    rows[1]["image"] = {"bytes": b"no image", "path": None}
     rows[4]["text"] = " "
     rows[8]["image"] = {"bytes": png(8, side=8), "path": None}
     args = cache_args(teacher, folder, tmp_path, train_batch_size=3)
@@ -291,21 +299,21 @@ def test_half_precision_holds_every_deviation() -> None:
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path, teacher: Path, folder: Path) -> None:
     vae = load_vae(teacher)
     vae.quant_conv.bias[0] = 1e5  # more than half precision can hold
-    with pytest.raises(dt.TrainingError, match="samples 0 to 3 are not finite in torch.float32 or float16"):
+    with pytest.raises(dt.TrainingError, match="samples 0 to 3 are not finite in .*float16"):
         cached(cache_args(teacher, folder, tmp_path), vae)
-    assert not list(tmp_path.rglob("*.npy"))
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 # --- when it is made anew -------------------------------------------------------------------------------------
 
 
 def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
-    data, other = samples(4), samples(5)
+    plain, other = samples(4), samples(5)
     cache = tmp_path / "cache"
 
     def key(
         name: str,
-        content: list[dict[str, bytes]] = data,
+        content: list[dict[str, bytes]] = plain,
         vae: AutoencoderKL = vae,
         tokenizer: CLIPTokenizer | None = None,
         **settings: Any,
@@ -313,12 +321,13 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
         folder = tmp_path / name
         if not folder.exists():
             write_tar(folder / "00000.tar", content)
-            os.utime(folder / "00000.tar", ns=(10**18, 10**18 + (content is not data)))
+            os.utime(folder / "00000.tar", ns=(10**18, 10**18 + (content is not plain)))
         args = cache_args(teacher, folder, cache, **settings)
         dataset = dt.make_train_dataset(args, tokenizer or make_tokenizer(), Accelerator(cpu=True))
-        folder = cached(args, vae, dataset).rows.folder
+        folder = place_of(cached(args, vae, dataset))
         assert folder.parent == cache
-        assert json.loads((folder / "settings.json").read_text())["resolution"] == settings.get("resolution", SIDE)
+        latents = json.loads((folder / "manifest.json").read_text())["latents"]
+        assert (latents["resolution"], latents["variants"]) == (args.resolution, 1 + args.random_flip)
         return folder.name
 
     heavier, edged = load_vae(teacher), AutoencoderKL.from_config({**vae.config, "act_fn": "relu"})
@@ -328,8 +337,8 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
     used(["a b"], max_length=3, padding="max_length", truncation=True)
     short.model_max_length = 12
     added.add_tokens(["wx"])
-    caption = [{**data[0], "json": data[1]["json"]}, *data[1:]]
-    image = [*data[:3], {**data[3], "png": png(99)}]
+    caption = [{**plain[0], "json": plain[1]["json"]}, *plain[1:]]
+    image = [*plain[:3], {**plain[3], "png": png(99)}]
     first = key("data")
     assert len(list(cache.iterdir())) == 1
     same = {
@@ -342,19 +351,19 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
         "tokenizer in use": key("data", tokenizer=used),
         "learning rate": key("data", learning_rate=1),
         "all samples": key("data", max_train_samples=4),
+        "tokens": key("data", tokenizer=short),  # captions are kept as they are written
+        "vocabulary": key("data", tokenizer=added),
     }
     assert set(same.values()) == {first} and len(list(cache.iterdir())) == 1
     changed = {
         "weights": key("data", vae=heavier),
         "VAE config": key("data", vae=edged.eval()),
-        "precision": key("data", vae=load_vae(teacher).to(torch.bfloat16)),
+        "rounded weights": key("data", vae=load_vae(teacher).to(torch.bfloat16)),
         "resolution": key("data", resolution=32),
         "crop": key("data", center_crop=False),
         "crop's seed": key("data", center_crop=False, seed=4),
         "flip": key("data", random_flip=True),
         "interpolation": key("data", image_interpolation_mode="bilinear"),
-        "tokens": key("data", tokenizer=short),
-        "vocabulary": key("data", tokenizer=added),
         "image": key("image", image),
         "caption": key("caption", caption),
         "added": key("added", other),
@@ -378,7 +387,7 @@ def test_a_table_is_known_again(tmp_path: Path, teacher: Path, vae: AutoencoderK
             table.to_parquet(path)
         args = data_args(teacher, dataset_name=tmp_path / "table", resolution=SIDE, **settings)
         args.latents_cache_dir = str(tmp_path / "cache")
-        return cached(args, vae).rows.folder.name
+        return place_of(cached(args, vae)).name
 
     first = key(["a", "b"], cache_dir=tmp_path / "hub")
     assert key(["a", "b"], cache_dir=tmp_path / "hub") == first
@@ -394,20 +403,38 @@ def test_a_table_is_known_again(tmp_path: Path, teacher: Path, vae: AutoencoderK
 def test_a_damaged_shard_is_made_again(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
     args = cache_args(teacher, folder, tmp_path)
     dataset = cached(args, vae)
-    whole, files = contents(dataset), dataset.rows.folder
-    times = {path.name: path.stat().st_mtime_ns for path in files.glob("*.npy")}
+    whole, files = contents(dataset), place_of(dataset)
+    times = {path.name: path.stat().st_mtime_ns for path in files.glob("*.tar")}
     (files / "notes.txt").write_text("mine")
-    good = dataset[(0, 6)]
-    for damaged in (whole["00001.npy"][:-1], whole["00001.npy"][:50], b"", whole["00002.npy"]):
-        (files / "00001.npy").write_bytes(damaged)
-        found = dataset[(0, 6)]  # a run that is under way leaves it out, and says so
+    good = dataset[(0, 9)]
+    last = dataset.rows.places[9]
+    end = int(last["caption"] + last["caption_bytes"])  # what comes after that is of no sample
+    for damaged in (whole["00001.tar"][: end - 1], whole["00001.tar"][:50], b"", whole["00002.tar"][:4096]):
+        (files / "00001.tar").write_bytes(damaged)
+        found = dataset[(0, 9)]  # a run that is under way leaves it out, and says so
         assert found["counts"][dt.UNREADABLE] > 0 and not torch.equal(found["latent_mean"], good["latent_mean"])
         assert contents(cached(args, vae)) == whole
-        assert_same_batches([dataset[(0, 6)]], [good])
-    assert {path.name: path.stat().st_mtime_ns for path in files.glob("0000[02].npy")} == {
-        name: times[name] for name in ("00000.npy", "00002.npy")
+        assert_same_batches([dataset[(0, 9)]], [good])
+    assert {path.name: path.stat().st_mtime_ns for path in files.glob("0000[02].tar")} == {
+        name: times[name] for name in ("00000.tar", "00002.tar")
     }
-    assert {path.name for path in files.iterdir()} == {*whole, "settings.json", "notes.txt", ".lock"}
+    assert {path.name for path in files.iterdir()} == {*whole, "manifest.json", "notes.txt", ".lock"}
+
+
+def test_bytes_that_were_damaged_are_left_out(tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL) -> None:
+    """Latents or captions that cannot be read out of a shard that has its size."""
+    args = cache_args(teacher, folder, tmp_path)
+    dataset = cached(args, vae)
+    path, good = dataset.rows.paths[0], dataset[(0, 1)]
+    whole = path.read_bytes()
+    for member in ("image", "caption"):
+        start = int(dataset.rows.places[1][member])
+        path.write_bytes(whole[:start] + bytes(100) + whole[start + 100 :])
+        found = dataset[(0, 1)]
+        assert found["counts"][dt.UNREADABLE] + found["counts"][dt.BROKEN_IMAGE] > 0
+        assert not torch.equal(found["latent_mean"], good["latent_mean"])
+    path.write_bytes(whole)
+    assert_same_batches([dataset[(0, 1)]], [good])
 
 
 DRIVER = """
@@ -440,11 +467,11 @@ def test_killed_while_it_is_made_then_made_whole_by_two_processes(
     args.latents_cache_dir = str(cache)
     process = multiprocessing.get_context("fork").Process(target=cached, args=(args, vae))
     process.start()
-    while len(list(cache.rglob("*.npy"))) < 3 and process.is_alive():
+    while len(list(cache.rglob("*.tar"))) < 3 and process.is_alive():
         time.sleep(0.002)
     process.kill()
     process.join()
-    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*.tar")}
     assert process.exitcode == -signal.SIGKILL and 3 <= len(made) < 21
     driver.write_text(DRIVER)
     flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", folder, "--resolution", 64]
@@ -458,11 +485,11 @@ def test_killed_while_it_is_made_then_made_whole_by_two_processes(
     )
     assert finished.returncode == 0, finished.stderr
     missing = [name for name in sorted(expected) if name not in {path.name for path in made}]
-    share = sum(2 if name == "00020.npy" else 4 for name in missing[::2])  # each process has encoded every other one
+    share = sum(2 if name == "00020.tar" else 4 for name in missing[::2])  # each process has encoded every other one
     assert f" {share}/{share} " in finished.stderr
-    assert {path.name: path.read_bytes() for path in cache.rglob("*.npy")} == expected
+    assert {path.name: path.read_bytes() for path in cache.rglob("*.tar")} == expected
     assert all(path.stat().st_mtime_ns == changed for path, changed in made.items())
-    assert not list(cache.rglob("*.partial"))
+    assert {path.name for path in cache.rglob("*.*")} == {*expected, "manifest.json", ".lock"}
 
 
 def test_a_second_run_waits_for_the_first(
@@ -470,8 +497,9 @@ def test_a_second_run_waits_for_the_first(
 ) -> None:
     args = cache_args(teacher, folder, tmp_path)
     shards = cached(args, vae).rows
-    lock = shards.folder / ".lock"
-    shards.path(1).unlink()
+    lock = shards.paths[1].with_name(".lock")
+    waits = f"Waiting for another run, which works in {lock.parent}"
+    shards.paths[1].unlink()
     done = threading.Event()
 
     def second() -> None:
@@ -482,9 +510,9 @@ def test_a_second_run_waits_for_the_first(
         thread = threading.Thread(target=second)
         thread.start()
         deadline = time.monotonic() + 30
-        while "Waiting for another run, which is encoding" not in caplog.text and time.monotonic() < deadline:
+        while waits not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert "Waiting for another run, which is encoding" in caplog.text
+        assert waits in caplog.text
         assert not done.wait(0.5)
     assert done.wait(30)
     thread.join()
@@ -495,11 +523,11 @@ def test_a_whole_cache_is_only_read(
 ) -> None:
     """Someone else's will do, where nothing may be written."""
     args = cache_args(teacher, folder, tmp_path)
-    place = cached(args, vae).rows.folder
+    place = place_of(cached(args, vae))
     assert f"Encoding 12 of 12 images into {place}, which will take" in caplog.text
-    for name in (".lock", "settings.json"):
-        (place / name).unlink(missing_ok=True)
+    (place / ".lock").unlink(missing_ok=True)
     left = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+    assert left.keys() == {"00000.tar", "00001.tar", "00002.tar", "manifest.json"}
     cached(args, vae)
     assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == left
 
@@ -524,13 +552,183 @@ sys.path.insert(0, sys.argv.pop(1))
 import distill_training as dt
 def broken(*_):
     raise RuntimeError("no room")
-dt.DistillationDataset.example = broken
+dt.load_pixels = broken
 dt.main(dt.parse_args())
 """
     settings = {"resolution": SIDE, "cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 1}
     line = [sys.executable, "-c", code, str(ROOT), *flags(teacher, folder, tmp_path / "out", **settings)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "RuntimeError: no room" in done.stderr
+
+
+# --- by itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_its_folder_gives_the_same_batches_by_itself(
+    tmp_path: Path, teacher: Path, vae: AutoencoderKL, crop: bool
+) -> None:
+    """Bit for bit those of the run that made it, whatever is drawn or left out on the way."""
+    contents = samples(13)
+    contents[2]["png"], contents[7]["json"], contents[9]["png"] = b"no image", b'{"text": " "}', png(9, side=8)
+    folder = write_tar(tmp_path / "data" / "00000.tar", contents).parent
+    settings = {"random_flip": True, "proportion_empty_prompts": 0.3, "dataloader_num_workers": 0}
+    made_by = cache_args(teacher, folder, tmp_path / "cache", center_crop=crop, **settings)
+    made = cached(made_by, vae)
+    args = data_args(teacher, train_data_dir=place_of(made), resolution=SIDE, center_crop=False, **settings)
+    alone = dataset_of(args)
+    batches = batches_of(alone, args, 12)
+    assert_same_batches(batches, batches_of(made, made_by, 12))
+    assert "pixel_values" not in batches[0] and all(sum(batch["counts"] for batch in batches)[[0, 1, 3]] > 0)
+    assert len({alone[(epoch, 0)]["latent_mean"].numpy().tobytes() for epoch in range(8)}) == 2
+    unmirrored = data_args(teacher, train_data_dir=place_of(made), resolution=SIDE, center_crop=False)
+    assert dataset_of(unmirrored)[0]["latent_mean"].shape == (4, 2, 2)  # a second variant is no duty
+
+
+def test_a_run_on_its_folder_trains_the_same(
+    tmp_path: Path, teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"resolution": SIDE, "random_flip": True, "distill_level": "sd_tiny", "max_train_steps": 3}
+    cache = {"cache_latents": True, "latents_cache_dir": tmp_path / "cache", "center_crop": True}
+    train(teacher, folder, tmp_path / "cached", **settings, **cache)
+    (made,) = (tmp_path / "cache").iterdir()
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    monkeypatch.setattr(dt, "encode_images", None)
+    train(teacher, made, tmp_path / "alone", **settings)
+    assert_equal(*(unet_weights(tmp_path / name / "unet") for name in ("cached", "alone")))
+    assert {path: path.read_bytes() for path in made.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory, teacher: Path, folder: Path, vae: AutoencoderKL) -> Path:
+    """A folder of latents without mirrored variants."""
+    return place_of(cached(cache_args(teacher, folder, tmp_path_factory.mktemp("latents")), vae))
+
+
+NO_MEANING = ", for which --{} has no meaning: leave it out."
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ({"resolution": 64}, f" of --resolution {SIDE}, not of 64."),
+        ({"random_flip": True}, " that were not mirrored: --random_flip needs some made with --random_flip."),
+        ({"center_crop": True}, NO_MEANING.format("center_crop")),
+        ({"image_interpolation_mode": "bilinear"}, NO_MEANING.format("image_interpolation_mode")),
+        ({"cache_latents": True}, NO_MEANING.format("cache_latents")),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_flags_that_its_folder_cannot_follow(
+    tmp_path: Path, teacher: Path, latents: Path, capsys: pytest.CaptureFixture[str], flag: dict, problem: str
+) -> None:
+    plain = {"resolution": SIDE}
+    dt.parse_args(flags(teacher, latents, tmp_path / "out", **plain))
+    with pytest.raises(SystemExit) as stop:
+        dt.parse_args(flags(teacher, latents, tmp_path / "out", **(plain | flag)))
+    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert stop.value.code == 2 and said[-1] == f"--train_data_dir {latents} holds latents{problem}"
+    assert sum("--train_data_dir" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("change", ["weights", "scaling factor"])
+def test_latents_of_another_vae_are_refused(tmp_path: Path, teacher: Path, latents: Path, change: str) -> None:
+    other = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    vae = load_vae(other)
+    if change == "weights":
+        vae.encoder.conv_in.weight.view(-1)[0] += 0.01
+    else:
+        vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(other / "vae")
+    settings = {"resolution": SIDE, "distill_level": "sd_tiny", "max_train_steps": 1}
+    with pytest.raises(dt.UserError) as refused:
+        train(other, latents, tmp_path / "out", **settings)
+    message = str(refused.value)
+    assert message.startswith(f"--train_data_dir {latents} holds latents of another VAE than that of ")
+    assert "--pretrained_model_name_or_path" in message and "\n" not in message
+    assert not (tmp_path / "out").exists()
+    train(teacher, latents, tmp_path / "out", **settings)
+
+
+# --- in float32, and what was made otherwise ------------------------------------------------------------------
+
+
+def test_a_run_in_bf16_keeps_latents_in_float32(
+    tmp_path: Path, teacher: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From float32 weights: what is kept for good is not rounded to what one run computes in."""
+    encode_images, dtypes = dt.encode_images, []
+    settings = {"resolution": SIDE, "cache_latents": True, "random_flip": True, "distill_level": "sd_tiny"}
+
+    def watch(vae: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtypes.append(vae.dtype)
+        return encode_images(vae, pixel_values)
+
+    monkeypatch.setattr(dt, "encode_images", watch)
+    with watched(monkeypatch, lambda run: (run.vae.dtype, run.weight_dtype)) as seen:
+        for precision in ("no", "bf16"):
+            cache = {"latents_cache_dir": tmp_path / f"cache-{precision}", "mixed_precision": precision}
+            train(teacher, folder, tmp_path / precision, **settings, **cache, max_train_steps=1)
+    assert seen == [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    assert set(dtypes) == {torch.float32}
+    found = [
+        {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+        for root in (tmp_path / "cache-no", tmp_path / "cache-bf16")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 5  # three shards, the manifest, the lock
+
+
+def test_an_old_cache_is_neither_read_nor_deleted(
+    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = cache_args(teacher, folder, tmp_path / "cache")
+    place = place_of(cached(args, vae))
+    expected = contents(cached(args, vae))
+    assert "earlier format" not in caplog.text
+    shutil.rmtree(place)
+    settings = json.dumps({"resolution": SIDE, "flip": False, "rows_per_shard": 5, "samples": 12})
+    old = [place, place.with_name("0123456789abcdef")]  # of the same name by chance, too
+    for path in old:
+        path.mkdir()
+        (path / "settings.json").write_text(settings)
+        (path / "00000.npy").write_bytes(b"the latents of an earlier version")
+    (place.parent / "mine").mkdir()
+    (place.parent / "mine" / "settings.json").write_text("{}")  # is of something else
+    dataset = cached(args, vae)
+    assert contents(dataset) == expected
+    warned = [record.getMessage() for record in caplog.records if "earlier format" in record.getMessage()]
+    assert sorted(warned) == sorted(
+        f"[RANK 0] {path} holds latents in an earlier format, made anew now: delete it." for path in old
+    )
+    for path in old:
+        assert (path / "settings.json").read_text() == settings
+        assert (path / "00000.npy").read_bytes() == b"the latents of an earlier version"
+    assert {path.name for path in old[1].iterdir()} == {"settings.json", "00000.npy"}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_checkpoint_whose_latents_were_not_in_float32(
+    tmp_path: Path, teacher: Path, folder: Path, precision: str
+) -> None:
+    """Latents used to be encoded in the precision of the run, which its checkpoints did not say."""
+    settings = {"resolution": SIDE, "cache_latents": True, "latents_cache_dir": tmp_path / "cache"}
+    settings |= {"mixed_precision": precision, "distill_level": "sd_tiny", "checkpointing_steps": 1}
+    train(teacher, folder, tmp_path / "out", **settings, max_train_steps=1)
+    path = tmp_path / "out" / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["settings"].pop("precision of cached latents") == "no"
+    path.write_text(json.dumps(state))
+    for name in ("model_index.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    settings |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    if precision == "bf16":
+        with pytest.raises(dt.UserError, match="precision of cached latents bf16 -> no") as refused:
+            train(teacher, folder, tmp_path / "out", **settings)
+        assert "--allow_changed_settings" in str(refused.value) and str(refused.value).count("->") == 1
+        settings["allow_changed_settings"] = True
+    train(teacher, folder, tmp_path / "out", **settings)
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["settings"]["precision of cached latents"] == "no"
 
 
 # --- memory and disk ------------------------------------------------------------------------------------------
@@ -540,33 +738,51 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_it_is_read_where_it_lies(
-    tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 512)
-    args, tokenizer, count = cache_args(teacher, folder, tmp_path, resolution=64), make_tokenizer(), 20_000
-    shards = dt.LatentShards(tmp_path, count)
-    record = dt.record_type(args, vae, tokenizer, 1)
-    row = (np.zeros((1, 16)), False, np.zeros((1, 2, 4, 8, 8), np.float16))
-    for shard in shards.missing():
-        shards.write(shard, [row] * len(shards.rows(shard)), record)
-    assert shards.missing() == [] and len(list(tmp_path.glob("*.npy"))) == 40
-    draws = {"empty_ids": torch.zeros(16, dtype=torch.int64), "proportion_empty_prompts": 0.0}
-    dataset = dt.DistillationDataset(shards, ("latents", "input_ids"), 0, prepare=dt.cached_example, **draws)
-    assert (
-        len(pickle.dumps(dataset)) < 2_000 and pickle.loads(pickle.dumps(dataset))[19_999]["latent_std"].shape[0] == 4
-    )
+def write_latents(folder: Path, count: int) -> Path:
+    """A folder of latents as the trainer writes them, without the time that encoding takes."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((1, 2, 4, 8, 8), np.float16))
+    content = {".npy": buffer.getvalue(), ".json": b'{"captions": ["a red circle"], "enlarged": false}'}
+    entries = []
+    for number, start in enumerate(range(0, count, 512)):
+        rows = range(start, min(start + 512, count))
+        entry = data.write_shard(folder, data.shard_name(number), ((f"{row:09d}", content) for row in rows))
+        entries.append(json.dumps(entry))
+    facts = {"vae": "0", "scaling_factor": 1.0, "resolution": 64, "variants": 1}
+    data.write_manifest(folder, {"format": data.FORMAT, "complete": True, "latents": facts}, entries)
+    return folder
+
+
+def test_it_is_read_where_it_lies(tmp_path: Path, teacher: Path) -> None:
+    """A million samples cost at most 100 bytes each and process, with their order."""
+    count = 20_000
+    folder = write_latents(tmp_path, count)
+    args = data_args(teacher, train_data_dir=folder, resolution=64, center_crop=False)
+    for _ in range(2):  # what is loaded once is not counted
+        gc.collect()
+        tracemalloc.start()
+        dataset = dataset_of(args)
+        batches = iter(dt.SeededBatches(len(dataset), 4, 3, 0, 1, first=count // 4 - 1))
+        orders = [next(batches), next(batches)]  # of this epoch and of the next
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    orders_in_torch = 2 * 8 * count
+    assert len(dataset) == count and [epoch for batch in orders for epoch, _ in batch] == [0] * 4 + [1] * 4
+    assert held + orders_in_torch < 100 * count
+    assert len(pickle.dumps(dataset)) < 100 * count  # what a worker is sent where it is not forked
+    assert pickle.loads(pickle.dumps(dataset))[19_999]["latent_std"].shape[0] == 4
     for index in range(0, count, 500):
         dataset[index]
     before = resident_bytes()
-    for index in range(0, count, 7):  # every page of 22 MB
+    for index in range(0, count, 7):  # every page of 49 MB
         dataset[index]
     assert resident_bytes() - before < 100 * count / 4
     tracemalloc.start()
     dataset[7_000]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200_000  # a row of its shard, which has 540 kB
+    assert peak < 200_000  # a row of its shard, which has 1.5 MB
     assert not [path for path in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(path)]
 
 
@@ -584,19 +800,21 @@ def test_too_little_room_is_said_before_anything_is_encoded(
 
 
 def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path, teacher: Path, vae: AutoencoderKL) -> None:
-    data = samples(12)
-    many = json.dumps({"text": [f"a {i % 10} b" for i in range(900)]}).encode()
-    folder = write_tar(tmp_path / "data" / "00000.tar", [*data[:7], {**data[7], "json": many}, *data[8:]]).parent
+    plain = samples(12)
+    many = json.dumps({"text": [f"a {i % 10} b" for i in range(2000)]}).encode()
+    folder = write_tar(tmp_path / "data" / "00000.tar", [*plain[:7], {**plain[7], "json": many}, *plain[8:]]).parent
     args = cache_args(teacher, folder, tmp_path / "cache")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(dt.TrainingError, match=r"^\S+/00001.npy cannot be written \(.*\): make room, and"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, limits[1]))
+        with pytest.raises(
+            dt.TrainingError, match=r"^Latents cannot be written to \S+/cache/\w+ \(.*\): make room, and"
+        ):
             cached(args, vae)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name for path in (tmp_path / "cache").rglob("*.*") if path.is_file()} == {
-        "00000.npy", "settings.json", ".lock",
+        "00000.tar", ".lock",
     }  # fmt: skip
     assert len(contents(cached(args, vae))) == 3
 
@@ -605,7 +823,7 @@ def test_a_folder_that_cannot_be_made_is_named(
     tmp_path: Path, teacher: Path, folder: Path, vae: AutoencoderKL
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(dt.UserError, match=r"^--latents_cache_dir: \S+/file/\w+ cannot be made \("):
+    with pytest.raises(dt.UserError, match=r"^--latents_cache_dir \S+/file/\w+ cannot be written to: "):
         cached(cache_args(teacher, folder, tmp_path / "file"), vae)
 
 
@@ -615,7 +833,7 @@ def test_it_lies_beside_the_output(
     monkeypatch.chdir(tmp_path)
     args = cache_args(teacher, folder, tmp_path)
     args.latents_cache_dir, args.output_dir = None, "runs/tiny/"
-    assert cached(args, vae).rows.folder.parent == tmp_path / "runs" / "tiny-latents"
+    assert place_of(cached(args, vae)).parent == tmp_path / "runs" / "tiny-latents"
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------
@@ -668,15 +886,15 @@ def test_flags_that_do_not_go_together(
 def test_a_compiled_encoder_sees_one_shape(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for compiler in ("CC", "CXX"):
         monkeypatch.setenv(compiler, sys.executable)  # nothing is translated
-    data = samples(22)
+    plain = samples(22)
     for broken in (3, 9, 10, 17, 18, 19):
-        data[broken]["png"] = b"no picture"
-    folder = write_tar(tmp_path / "data" / "00000.tar", data).parent
-    compiled, plain, counter = load_vae(teacher), load_vae(teacher), CompileCounter()
-    compiled.encoder.compile(dynamic=False, backend=counter)
+        plain[broken]["png"] = b"no image"
+    folder = write_tar(tmp_path / "data" / "00000.tar", plain).parent
+    counter, compile_net = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_net, backend=counter))
     args = cache_args(teacher, folder, tmp_path / "compiled", train_batch_size=4, compile=True)
-    one = cached(args, compiled)
-    other = cached(cache_args(teacher, folder, tmp_path / "plain", train_batch_size=4), plain)
+    one = cached(args, load_vae(teacher))
+    other = cached(cache_args(teacher, folder, tmp_path / "plain", train_batch_size=4), load_vae(teacher))
     assert counter.frame_count == 1
     for row in range(22):
         torch.testing.assert_close(one[row], other[row], rtol=1e-3, atol=1e-4)

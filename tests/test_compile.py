@@ -142,19 +142,26 @@ def test_what_is_compiled_and_what_is_timed(
     monkeypatch.setattr(dt, "training_step", slow_step)
     monkeypatch.setattr(dt, "time", SimpleNamespace(perf_counter=lambda: seconds[0], monotonic=time.monotonic))
     train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", compile=True, max_train_steps=4)
-    fixed, taps = {"dynamic": False}, len(dt.feature_pairs("sd_tiny"))
+    fixed, taps = {"dynamic": False}, len(dt.DISTILL_LEVELS["sd_tiny"].feature_pairs)
     nets = [("UNet2DConditionModel", taps, fixed)] * 2  # student and teacher, hooks in place
     assert asked == [("Encoder", 0, fixed), *nets, ("distillation_loss", 0, fixed)]
     assert "Steps per second = 1.000" in caplog.text
     assert re.search(r"Peak memory = \d+\.\d\d GiB of the host's memory", caplog.text)
 
 
-def test_channels_last_where_it_is_faster() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert dt.use_channels_last(cuda, torch.bfloat16, compiled=True)
-    assert not dt.use_channels_last(cuda, torch.bfloat16, compiled=False)
-    assert dt.use_channels_last(cpu, torch.bfloat16, compiled=False)
-    assert not dt.use_channels_last(cpu, torch.float32, compiled=True)
+@pytest.mark.parametrize(("precision", "last"), [("bf16", True), ("no", False)])
+def test_channels_last_on_a_cpu_in_bf16_only(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, precision: str, last: bool
+) -> None:
+    """On a GPU, where it goes by --compile: `test_step.py`."""
+
+    def formats(run: dt.Distillation) -> set[bool]:
+        weights = [net.conv_in.weight for net in (run.unet, run.teacher_unet, run.vae.encoder)]
+        return {weight.is_contiguous(memory_format=torch.channels_last) for weight in weights}
+
+    with watched(monkeypatch, formats) as found:
+        train(teacher, shards, tmp_path / "out", distill_level="sd_tiny", max_train_steps=1, mixed_precision=precision)
+    assert found == [{last}]
 
 
 def test_8bit_adam_finds_the_student_as_it_leaves_it(

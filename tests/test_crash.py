@@ -7,6 +7,7 @@ serves them all for comparison.
 
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from helpers import SCRIPT, assert_equal, assert_same_checkpoint, flags, train, unet_weights
 from launcher import Launcher, Run
+from safetensors.torch import load_file
 
 import distill_training as dt
 
@@ -52,9 +55,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path, shards: P
 
 
 def is_whole(checkpoint: Path) -> bool:
-    files = json.loads((checkpoint / "trainer_state.json").read_text())["files"]
-    assert files.keys() >= PARTS
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == files[name] for name in files)
+    """All its files are there and can be read to their end."""
+    files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
+    assert files.keys() >= PARTS | {"trainer_state.json"}
+    read = {".json": lambda path: json.loads(path.read_text()), ".safetensors": load_file}
+    for path in files.values():
+        read.get(path.suffix, functools.partial(torch.load, weights_only=False))(path)
+    return True
 
 
 def whole_checkpoints(output: Path) -> list[int]:
@@ -160,6 +167,31 @@ def test_all_ranks_say_that_a_folder_is_taken(tmp_path: Path, teacher: Path, sha
 
 
 @pytest.mark.parametrize("resumes", [False, True])
+def test_ranks_with_disks_of_their_own_are_refused(
+    tmp_path: Path, teacher: Path, shards: Path, reference: Path, launcher: Launcher, resumes: bool
+) -> None:
+    """As on two machines: each would write its part of a checkpoint to a folder that the other one never sees."""
+    for rank in (0, 1):
+        (tmp_path / f"disk-{rank}").mkdir()
+    settings = {**SETTINGS, "max_train_steps": 2, "checkpointing_steps": 1, "cache_latents": True}
+    if resumes:
+        shutil.copytree(reference / "checkpoint-1", tmp_path / "disk-0" / "out" / "checkpoint-1")
+        settings |= {"resume_from_checkpoint": "latest", "allow_changed_settings": True}
+    before = sorted(tmp_path.glob("disk-*/**/*"))
+    line = flags(teacher, shards, Path("out"), **settings)
+    own_disk = "import os; os.chdir(f\"{os.environ['DISK']}-{os.environ['RANK']}\"); dt.SHARED_DISK_SECONDS = 1"
+    run = launcher.start(line, tmp_path / "log", ranks=2, before=own_disk, DISK=tmp_path / "disk")
+    assert run.wait() == [2, 2], run.log() + run.log(1)
+    for rank in (0, 1):
+        errors = [line for line in run.log(rank).splitlines() if "error:" in line]
+        assert len(errors) == 1 and "--output_dir out is not on a disk that all machines share" in errors[0]
+        assert "Traceback" not in run.log(rank)
+    out = tmp_path / "disk-0" / "out"
+    assert set(tmp_path.glob("disk-*/**/*")) - {*before, out, out / ".lock"} == set()  # the lock stays, as always
+    assert not (tmp_path / "disk-1" / "out").exists()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
 def test_what_came_in_between_is_kept(
     tmp_path: Path, teacher: Path, shards: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
 ) -> None:
@@ -225,19 +257,19 @@ def kill_before(moment, changes):
             left[0] -= 1
     sys.addaudithook(count)
 
-def fork_and_save(output, moment, changes, run, *rest):
+def fork_and_save(output, moment, changes, run):
     child = os.fork()
     if child == 0:
         run.args.output_dir = str(output)
         if moment is not None:
             kill_before(moment, changes)
-        save(run, *rest)
+        save(run)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-def everywhere(run, step, *rest):
-    if step < 3:
-        return save(run, step, *rest)
+def everywhere(run):
+    if run.state.global_step < 3:
+        return save(run)
     output, codes = Path(run.args.output_dir), {}
     for kind in ("new", "again"):
         codes[kind] = []
@@ -249,12 +281,12 @@ def everywhere(run, step, *rest):
             (left / "optimizer.bin").unlink()
             if kind == "again":  # the step was saved before the run went back to an earlier one
                 shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-3")
-            codes[kind].append(fork_and_save(copy, moment, CHANGES[kind], run, step, *rest))
+            codes[kind].append(fork_and_save(copy, moment, CHANGES[kind], run))
             if codes[kind][-1] == 0:
                 break
             if moment % 8 == 0:  # what is left must not be in the next save's way
                 shutil.copytree(copy, copy.with_name(f"{kind}-{moment}-saved"))
-                assert fork_and_save(copy.with_name(f"{kind}-{moment}-saved"), None, (), run, step, *rest) == 0
+                assert fork_and_save(copy.with_name(f"{kind}-{moment}-saved"), None, (), run) == 0
     output.with_name("codes.json").write_text(json.dumps(codes))
     os._exit(0)
 
@@ -296,7 +328,7 @@ def test_killed_before_every_change_of_the_file_system(
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Cut checkpoints, and what is left beside them.
+# Damaged checkpoints, and what is left beside them.
 
 
 @pytest.fixture
@@ -321,26 +353,12 @@ def damage(checkpoint: Path, how: str) -> None:
         checkpoint.mkdir()
 
 
-DAMAGES = [
-    "without optimizer.bin",
-    "without random_states_0.pkl",
-    "without unet",
-    "without unet_ema/config.json",
-    "without trainer_state.json",
-    "cut optimizer.bin",
-    "cut unet/diffusion_pytorch_model.safetensors",
-    "cut trainer_state.json",
-    "empty trainer_state.json",
-    "empty scheduler.bin",
-]
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_cut_checkpoint_is_never_meant(three: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["without trainer_state.json", "empty"])
+def test_a_folder_without_its_state_is_no_checkpoint(three: Path, how: str) -> None:
     damage(three / "checkpoint-3", how)
     assert [path.name for path in dt.list_checkpoints(three)] == ["checkpoint-1", "checkpoint-2"]
     assert dt.find_checkpoint(three, "latest") == three / "checkpoint-2"
-    with pytest.raises(FileNotFoundError, match="checkpoint-3 is cut short.* are: checkpoint-1, checkpoint-2"):
+    with pytest.raises(FileNotFoundError, match="checkpoint-3 does not exist.* are: checkpoint-1, checkpoint-2"):
         dt.find_checkpoint(three, "checkpoint-3")
     before = sorted(three.rglob("*"))
     assert dt.prune_checkpoints(three, 2) == []  # it does not count for the limit
@@ -348,20 +366,56 @@ def test_a_cut_checkpoint_is_never_meant(three: Path, how: str) -> None:
     assert dt.prune_checkpoints(three, 1) == [three / "checkpoint-1"]
 
 
-def test_only_cut_checkpoints_are_no_reason_to_start_over(
-    tmp_path: Path, teacher: Path, shards: Path, three: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("without optimizer.bin", "checkpoint-3 cannot be loaded: .*optimizer.bin"),
+        ("without unet", "checkpoint-3 cannot be loaded: "),
+        ("without unet_ema/config.json", "checkpoint-3 cannot be loaded: "),
+        ("without unet_ema", "checkpoint-3 .*unet_ema"),
+        ("cut optimizer.bin", "checkpoint-3 cannot be loaded: "),
+        ("cut unet/diffusion_pytorch_model.safetensors", "checkpoint-3 cannot be loaded: "),
+        ("cut trainer_state.json", "checkpoint-3/trainer_state.json cannot be read"),
+        ("empty trainer_state.json", "checkpoint-3/trainer_state.json cannot be read"),
+        ("empty scheduler.bin", "checkpoint-3 cannot be loaded: "),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_when_it_is_loaded(
+    teacher: Path, shards: Path, three: Path, how: str, message: str
+) -> None:
+    damage(three / "checkpoint-3", how)
+    (three / ".lock").touch()  # it stays, as always
+    before = {path: path.stat().st_mtime_ns for path in three.rglob("[!.]*")}
+    with pytest.raises(dt.UserError, match=message) as error:
+        train(teacher, shards, three, **SETTINGS, max_train_steps=4, resume_from_checkpoint="latest")
+    assert "\n" not in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in three.rglob("[!.]*")} == before
+    assert not leftovers(three)
+
+
+def test_random_states_are_not_missed(teacher: Path, shards: Path, three: Path, reference: Path) -> None:
+    """accelerate goes on without them, and nothing in a run is drawn from the global generators."""
+    damage(three / "checkpoint-3", "without random_states_0.pkl")
+    settings = {"max_train_steps": 4, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    train(teacher, shards, three, **SETTINGS, **settings)
+    for name in ("unet", "unet_ema"):
+        assert_equal(*(unet_weights(root / "checkpoint-4" / name) for root in (three, reference)))
+
+
+def test_no_more_than_damaged_checkpoints_is_no_reason_to_start_over(
+    teacher: Path, shards: Path, three: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (1, 2, 3):
-        damage(three / f"checkpoint-{step}", "cut optimizer.bin")
+        damage(three / f"checkpoint-{step}", "without trainer_state.json")
     with pytest.raises(SystemExit) as end:
         train(teacher, shards, three, **SETTINGS, max_train_steps=4, resume_from_checkpoint="latest")
-    assert end.value.code == 2 and "holds no whole checkpoint" in capsys.readouterr().err
+    assert end.value.code == 2 and "which is no whole checkpoint" in capsys.readouterr().err
 
 
 def test_what_kills_left_is_cleaned_up_and_nothing_else(
     tmp_path: Path, teacher: Path, shards: Path, three: Path, reference: Path
 ) -> None:
-    damage(three / "checkpoint-3", "without optimizer.bin")
+    shutil.rmtree(three / "checkpoint-3")
     ours = [".checkpoint-3.partial", ".checkpoint-1.removed", ".checkpoint-9.partial"]
     for name in ours[:2]:
         shutil.copytree(three / "checkpoint-1", three / name)
@@ -668,11 +722,76 @@ def test_a_signal_gives_up_the_validation_images(
     line = flags(
         teacher, shards, output, **settings, max_train_steps=9, validation_steps=2, validation_prompts=["a circle"]
     )
-    painting = "validate, log_validation = dt.validate, dt.log_validation\n"
-    painting += "dt.validate = lambda *args: None if args[-1] == 0 else validate(*args)"  # not at the start
-    run = launcher.start(line, tmp_path / "log", before=painting)
-    run.wait_for(lambda: "Validation at step 2: 500 pictures" in run.log())
+    not_at_the_start = "validate = dt.validate\n"
+    not_at_the_start += "dt.validate = lambda run, images: validate(run, images) if run.state.global_step else None"
+    run = launcher.start(line, tmp_path / "log", before=not_at_the_start)
+    run.wait_for(lambda: "Validation at step 2: 500 images" in run.log())
     time.sleep(1)
     run.kill(signal.SIGTERM)
     assert run.wait(30) == [143], run.log()
-    assert stopped_after(run, output, "SIGTERM") in (2, 3)
+    assert stopped_after(run, output, "SIGTERM") in (3, 4)  # a signal acts at most one step late
+
+
+@pytest.mark.parametrize("moment", ["between two prompts", "within a prompt", "within the teacher's images"])
+def test_validation_images_are_given_up_in_order(
+    tmp_path: Path,
+    teacher: Path,
+    shards: Path,
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    moment: str,
+) -> None:
+    """By an ordinary exception where the pipeline calls back, not at whatever line the signal comes."""
+    prompts: list[str] = []
+    steps: list[int] = []  # the prompt's number for each denoising step that came to its end
+    ended: list[type[BaseException] | None] = []
+    pipeline, denoise, generate = (
+        dt.StableDiffusionPipeline.__call__, dt.DPMSolverMultistepScheduler.step, dt.generate_images,
+    )  # fmt: skip
+    # Two prompts each: the teacher's images, the student's at the start, and after step 2.
+    last = {"between two prompts": 5, "within a prompt": 6, "within the teacher's images": 2}[moment]
+
+    def count_prompts(self: Any, prompt: str, **settings: Any) -> Any:
+        prompts.append(prompt)
+        images = pipeline(self, prompt, **settings)
+        if moment == "between two prompts" and len(prompts) == last:
+            signal.raise_signal(signal.SIGTERM)
+        return images
+
+    def count_steps(*args: Any, **settings: Any) -> Any:
+        if "within" in moment and len(prompts) == last and steps.count(last) == 9:
+            signal.raise_signal(signal.SIGTERM)
+        result = denoise(*args, **settings)
+        steps.append(len(prompts))
+        return result
+
+    def watch(*args: Any) -> Any:
+        try:
+            images = generate(*args)
+        except BaseException as error:
+            ended.append(type(error))
+            raise
+        ended.append(None)
+        return images
+
+    monkeypatch.setattr(dt.StableDiffusionPipeline, "__call__", count_prompts)
+    monkeypatch.setattr(dt.DPMSolverMultistepScheduler, "step", count_steps)
+    monkeypatch.setattr(dt, "generate_images", watch)
+    output = tmp_path / "out"
+    settings = {"max_train_steps": 9, "validation_steps": 2, "validation_prompts": ["a circle", "a square"]}
+    with pytest.raises(SystemExit) as end:
+        train(teacher, shards, output, **SETTINGS, **settings)
+    assert end.value.code == 143 and issubclass(dt.ImagesGivenUp, Exception)
+    assert "The validation images are given up" in caplog.text and "Stopped by SIGTERM" in caplog.text
+    assert len(prompts) == last and steps.count(last) == (25 if moment == "between two prompts" else 10)
+    (step,) = whole_checkpoints(output)
+    if "teacher" in moment:  # those of the student are not begun
+        assert ended == [dt.ImagesGivenUp] * 2 and step in (1, 2)
+        assert not (output / "validation").exists()
+    else:
+        assert ended == [None, None, dt.ImagesGivenUp] and step in (3, 4)
+        assert [path.name for path in (output / "validation").iterdir()] == ["step-0.png"]
+    assert not leftovers(output) and not (output / "model_index.json").exists()
+    # Nothing is lost by it: the student is itself again, and not the average that images are made with.
+    assert_same_checkpoint(output / f"checkpoint-{step}", reference / f"checkpoint-{step}")

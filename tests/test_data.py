@@ -4,9 +4,7 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import random
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,7 +23,6 @@ from helpers import (
     toy_images,
     write_imagefolder,
     write_shards,
-    write_tar,
 )
 from PIL import Image
 
@@ -65,48 +61,6 @@ def table(tmp_path_factory: pytest.TempPathFactory, images: list[tuple[bytes, st
 # --- images ---------------------------------------------------------------------------------------------------
 
 
-def test_every_mode_arrives_as_correct_rgb() -> None:
-    red = (200, 30, 40)
-    palette = Image.new("RGB", (8, 8), red).quantize(4)
-    rgba = Image.new("RGBA", (8, 8), (*red, 255))
-    rgba.putpixel((0, 0), (0, 0, 0, 0))
-    rgba.putpixel((1, 0), (0, 0, 0, 51))
-    sixteen = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
-    frames = [Image.new("RGB", (8, 8), red), Image.new("RGB", (8, 8), "blue")]
-    transparent_palette = Image.new("P", (8, 8), 1)
-    transparent_palette.putpalette([9, 9, 9, *red])
-    transparent_palette.putpixel((0, 0), 0)
-    cases = {
-        "rgb": (file_bytes(Image.new("RGB", (8, 8), red)), red),
-        "grayscale": (file_bytes(Image.new("L", (8, 8), 77)), (77, 77, 77)),
-        "grayscale with alpha": (file_bytes(Image.new("LA", (8, 8), (77, 255))), (77, 77, 77)),
-        "bilevel": (file_bytes(Image.new("1", (8, 8), 1)), (255, 255, 255)),
-        "rgba": (file_bytes(rgba), red),
-        "palette": (file_bytes(palette), red),
-        "palette with transparency": (file_bytes(transparent_palette, transparency=0), red),
-        "cmyk": (file_bytes(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
-        "16 bits": (file_bytes(sixteen), (156, 156, 156)),
-        "animation": (file_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True), red),
-    }
-    for name, (data, expected) in cases.items():
-        image = dt.decode_image(data)
-        assert image.mode == "RGB" and image.size == (8, 8), name
-        assert image.getpixel((5, 5)) == expected, name
-    assert dt.decode_image(cases["rgba"][0]).getpixel((0, 0)) == (255, 255, 255)
-    assert dt.decode_image(cases["rgba"][0]).getpixel((1, 0)) == (204, 204, 204)
-    assert dt.decode_image(cases["palette with transparency"][0]).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_exif_orientation_is_applied() -> None:
-    image = Image.new("RGB", (20, 10), "black")
-    image.paste("white", (0, 0, 10, 10))  # left half white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left side is up
-    shown = dt.decode_image(file_bytes(image, "JPEG", exif=exif, quality=95))
-    assert shown.size == (10, 20)
-    assert min(shown.getpixel((5, 2))) > 240 and max(shown.getpixel((5, 17))) < 15
-
-
 def test_transforms_keep_the_aspect_ratio_and_the_range() -> None:
     image = Image.new("RGB", (100, 50))
     image.paste((255, 255, 255), (50, 0, 100, 50))
@@ -130,83 +84,6 @@ def test_a_caption_may_be_a_list_and_is_padded() -> None:
     assert drawn == {tuple(dt.tokenize_captions([text], tokenizer, random.Random(0))[0].tolist()) for text in "cde"}
     with pytest.raises(ValueError, match="list of strings, got"):
         dt.tokenize_captions([[3]], tokenizer, random.Random(0))
-
-
-# --- shards ---------------------------------------------------------------------------------------------------
-
-
-def test_shards_are_read_in_place(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
-    rows = dt.TarShards(write_shards(tmp_path, images, per_shard=5), "text")
-    assert [(row["image"]["bytes"], row["text"]) for row in rows] == images
-    assert rows.places.nbytes <= 30 * 12
-
-
-def test_shards_with_json_captions_and_strangers(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
-    image = images[0][0]
-    samples = [
-        {"json": json.dumps({"caption": "from json"}).encode(), "PNG": image},
-        {"png": image, "json": json.dumps({"text": ["one", "two"], "caption": "no"}).encode()},
-        {"png": image, "txt": b"from txt", "json": b"{}"},
-        {"png": image},  # no caption: not a sample
-        {"txt": b"no image"},
-        {"png": image, "json": b"{broken"},
-        {"png": image, "json": b"[1]"},
-    ]
-    write_tar(tmp_path / "a.tar", samples)
-    texts = [row["text"] for row in dt.TarShards(tmp_path, "text")]
-    assert texts == ["from json", ["one", "two"], "from txt", None, None]
-    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        for suffix, data in (("jpg", image), ("txt", "ünïcode".encode())):
-            member = tarfile.TarInfo(f"deep/{'x' * 120}.{suffix}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    assert dt.TarShards(tmp_path, "text")[5] == {"image": {"bytes": image}, "text": "ünïcode"}
-
-
-def write_manifest(folder: Path, images: list[tuple[bytes, str]]) -> dict:
-    write_shards(folder, images, per_shard=5)
-    shards = []
-    for number, path in enumerate(sorted(folder.glob("*.tar"))):
-        part = images[5 * number : 5 * number + 5]
-        sizes = {"image_bytes": [len(data) for data, _ in part], "caption_bytes": [len(text) for _, text in part]}
-        shards.append({"name": path.name, "bytes": path.stat().st_size, "count": len(part), **sizes})
-    (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
-    return {"shards": shards}
-
-
-def test_a_manifest_gives_the_same_samples(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
-    write_manifest(tmp_path, images)
-    write_tar(tmp_path / "unfinished.tar", [{"png": b"not named by the manifest", "txt": b"x"}])
-    rows = dt.TarShards(tmp_path, "text")
-    assert [(row["image"]["bytes"], row["text"]) for row in rows] == images
-
-
-@pytest.mark.parametrize("damage", ["gone", "longer", "counts"])
-def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, images: list[tuple[bytes, str]], damage: str) -> None:
-    manifest = write_manifest(tmp_path, images)
-    if damage == "gone":
-        (tmp_path / "00001.tar").unlink()
-    elif damage == "longer":
-        with open(tmp_path / "00001.tar", "ab") as tar:
-            tar.write(bytes(512))
-    else:
-        manifest["shards"][1]["image_bytes"][0] += 10**6
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(dt.UserError, match=r"00001\.tar"):
-        dt.TarShards(tmp_path, "text")
-
-
-@pytest.mark.parametrize("keep", [0, 100, 700, "header", "no end"])
-def test_a_cut_shard_is_one_sentence(tmp_path: Path, images: list[tuple[bytes, str]], keep: int | str) -> None:
-    write_shards(tmp_path, images, per_shard=12)
-    path = tmp_path / "00000.tar"
-    data = path.read_bytes()
-    with tarfile.open(path) as tar:
-        last = tar.getmembers()[-1]
-    lengths = {"header": last.offset + 200, "no end": last.offset_data + 512}
-    path.write_bytes(data[: lengths.get(keep, keep)])
-    with pytest.raises(dt.UserError, match=r"00000\.tar is (empty or )?cut short"):
-        dt.TarShards(tmp_path, "text")
 
 
 # --- the same samples from every source -----------------------------------------------------------------------
@@ -377,12 +254,6 @@ def test_an_image_folder_without_captions_names_its_columns(tmp_path: Path, teac
         dataset_of(data_args(teacher, train_data_dir=folder, cache_dir=tmp_path / "cache"))
 
 
-def test_a_manifest_of_something_else_is_named(tmp_path: Path, images: list[tuple[bytes, str]]) -> None:
-    (write_shards(tmp_path, images) / "manifest.json").write_text("{}")
-    with pytest.raises(dt.UserError, match="manifest.json is not one that data.py wrote"):
-        dt.TarShards(tmp_path, "text")
-
-
 def test_all_broken_is_one_sentence_from_a_worker_too(tmp_path: Path, teacher: Path) -> None:
     folder = write_shards(tmp_path, [(b"broken", "text")] * 3)
     with pytest.raises(dt.UserError, match="^None of the 3 training samples can be used: [^\n]*$"):
@@ -393,8 +264,8 @@ def test_a_strip_is_cropped_before_it_is_resized(tmp_path: Path, teacher: Path) 
     strip = [(file_bytes(Image.new("RGB", (1, 60_000))), "a strip")]
     dataset = dataset_of(data_args(teacher, train_data_dir=write_shards(tmp_path, strip), resolution=64))
     sizes = []
-    transform = dataset.preparation["transform"]
-    dataset.preparation["transform"] = lambda image: sizes.append(image.size) or transform(image)
+    transform = dataset.prepare["transform"]
+    dataset.prepare["transform"] = lambda image: sizes.append(image.size) or transform(image)
     assert dataset[0]["pixel_values"].shape == (3, 64, 64) and sizes == [(1, 16)]
 
 

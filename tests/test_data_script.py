@@ -219,7 +219,7 @@ def test_rows_are_dropped_counted_and_shuffled(tmp_path):
 
 def test_a_filter_on_text_against_a_number_is_an_error(tmp_path):
     path = write_captions(tmp_path / "c.parquet", ["http://h/1"], lang=["en"])
-    with pytest.raises(data.DataError, match="--filter lang>3: column 'lang' holds string"):
+    with pytest.raises(data.UserError, match="--filter lang>3: column 'lang' holds string"):
         data.select_rows(data.local_captions(str(path)), options(tmp_path, "--filter", "lang>3"))
 
 
@@ -335,8 +335,10 @@ import json, sys, data
 try:
     commit, files = data.fetch_captions(*json.loads(sys.argv[1]))
     print(json.dumps([commit, [[name, data.file_sha256(path)] for name, path in files]]))
+except data.UserError as error:
+    print(json.dumps([2, str(error)]))
 except data.DataError as error:
-    print(json.dumps([error.code, str(error)]))
+    print(json.dumps([1, str(error)]))
 """
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", code, json.dumps(arguments)]
@@ -824,16 +826,25 @@ def test_bombs_are_judged_by_their_header(tmp_path):
 
 def test_tars_are_plain_and_their_offsets_computable(tmp_path):
     samples = [("000000", b"a" * 511, "ü".encode()), ("000001", b"b" * 512, b"c"), ("000002", b"d" * 513, b"e" * 1025)]
-    size, digest = data.write_tar(tmp_path / "x.tar", iter(samples))
+    entry = data.write_tar(tmp_path / "x.tar", ((key, {".jpg": jpg, ".txt": text}) for key, jpg, text in samples))
     content = (tmp_path / "x.tar").read_bytes()
-    assert size == len(content) and size % tarfile.RECORDSIZE == 0 and digest == hashlib.sha256(content).hexdigest()
-    offsets = data.image_offsets([511, 512, 513], [2, 1, 1025])
+    assert entry == {
+        "name": "x.tar",
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "count": 3,
+        "image_bytes": [511, 512, 513],
+        "caption_bytes": [2, 1, 1025],
+    }
+    assert len(content) % tarfile.RECORDSIZE == 0
+    offsets = data.data_offsets([511, 512, 513], [2, 1, 1025])
+    assert offsets.shape == (3, 2) and data.data_offsets([], []).shape == (0, 2)
     with tarfile.open(tmp_path / "x.tar") as tar:
         members = tar.getmembers()
     assert [member.name for member in members] == [f"00000{i}.{kind}" for i in range(3) for kind in ("jpg", "txt")]
-    assert [member.offset_data for member in members[::2]] == offsets
+    assert [member.offset_data for member in members] == offsets.flatten().tolist()
     assert [member.offset_data - member.offset for member in members] == [512] * 6
-    assert [content[start : start + len(s[1])] for start, s in zip(offsets, samples, strict=True)] == [
+    assert [content[start : start + len(s[1])] for (start, _), s in zip(offsets, samples, strict=True)] == [
         s[1] for s in samples
     ]
 
@@ -846,20 +857,20 @@ def commit_one(folder: Path, image: bytes) -> None:
         "caption_bytes": 1,
     }
     table = pa.Table.from_pylist([record], data.RESULT_SCHEMA)
-    data.commit_shard(folder, "00000", table, iter([("000000", image, b"c")]))
+    data.commit_shard(folder, "00000", table, iter([("000000", {".jpg": image, ".txt": b"c"})]))
 
 
 def test_a_commit_that_was_cut_between_its_two_renames_is_finished(tmp_path, monkeypatch):
     """Even when the new tar has the size of the old one, as a shard that was tried again may."""
     commit_one(tmp_path, b"old")
-    rename = Path.rename
+    replace = Path.replace
 
     def crash(path, target):
         if path.name.endswith(".tar.part"):
             raise KeyboardInterrupt
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", crash)
+    monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         commit_one(tmp_path, b"new")
     monkeypatch.undo()
@@ -1069,7 +1080,7 @@ def test_verify_hash_against_a_column(tmp_path):
     rows = pa.ipc.open_file(tmp_path / "00000.arrow").read_all().to_pylist()
     assert [row["expected_sha256"] for row in rows] == ["b" * 64, "a" * 64, None]
     files = data.local_captions(str(write_captions(tmp_path / "c.parquet", urls, sha=["b" * 64, "md5", None])))
-    with pytest.raises(data.DataError, match="--verify_hash sha: 'md5' is not a SHA-256"):
+    with pytest.raises(data.UserError, match="--verify_hash sha: 'md5' is not a SHA-256"):
         data.write_shard_inputs(files, np.array([2, 0, 1]), tmp_path, args, None)
 
 

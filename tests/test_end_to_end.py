@@ -39,7 +39,7 @@ def test_what_data_py_fetches_trains_as_it_is(
     walked.mkdir()
     for shard in shards:
         (walked / shard["name"]).symlink_to(data_folder.path / shard["name"])
-    assert list(dt.TarShards(walked, "text")) == list(dataset.rows)
+    assert list(dt.data.ShardFolder(walked, "text")) == list(dataset.rows)
     for example in dataset:
         assert example["counts"].sum() == 0  # nothing broken, nothing too small
     dt.main(args)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from helpers import UNET_CONFIG
+from helpers import UNET_CONFIG, make_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -146,7 +146,7 @@ def test_tap_captures_what_the_blocks_put_out(level: str) -> None:
     """Hidden states for every block: the down blocks' tuples have those first, before their skip connections."""
     teacher = toy_unet()
     student = dt.build_student(teacher, level)
-    names = [list(side) for side in zip(*dt.feature_pairs(level), strict=True)]
+    names = [list(side) for side in zip(*dt.DISTILL_LEVELS[level].feature_pairs, strict=True)]
     for unet, wanted in zip((teacher, student), names, strict=True):
         tap = dt.FeatureTap(unet, wanted[::-1])
         unet(*toy_inputs())
@@ -231,7 +231,7 @@ def test_disabled_tap_captures_nothing() -> None:
 
 def distil_once(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, Tensor]:
     """Loss and backward pass of one batch; returns the student's gradients."""
-    teacher_names, student_names = zip(*dt.feature_pairs("sd_small"), strict=True)
+    teacher_names, student_names = zip(*dt.DISTILL_LEVELS["sd_small"].feature_pairs, strict=True)
     teacher_tap, student_tap = dt.FeatureTap(teacher, teacher_names), dt.FeatureTap(student, student_names)
     student_pred, teacher_pred = student(*toy_inputs()).sample, teacher(*toy_inputs()).sample
     features = student_tap.pop(), teacher_tap.pop()
@@ -317,38 +317,30 @@ def test_training_step_in_bf16(teacher: Path, shards: Path, bf16_accelerator: Ac
     """Noise, noisy latents and target stay float32, and gradients reach the student alone, frozen or not the rest."""
     line = ["--pretrained_model_name_or_path", str(teacher), "--train_data_dir", str(shards), "--seed", "5"]
     line += ["--output_dir", "unused-output", "--noise_offset", "0.1", "--input_perturbation", "0.1"]
+    line += ["--learning_rate", "1e-3"]
     args = dt.parse_args(line)
-    device = bf16_accelerator.device
-    unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    student = dt.build_student(unet, "sd_small").train()
-    others = {
-        "vae": AutoencoderKL.from_pretrained(teacher, subfolder="vae").to(device, torch.bfloat16),
-        "text_encoder": CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder", dtype=torch.bfloat16),
-        "teacher_unet": unet.to(device, torch.bfloat16),
-    }
-    assert all(parameter.requires_grad for model in others.values() for parameter in model.parameters())
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    prepared, optimizer, schedule = bf16_accelerator.prepare(student, optimizer, schedule)
-    teacher_names, student_names = zip(*dt.feature_pairs("sd_small"), strict=True)
-    run = dt.Distillation(
-        args=args,
-        accelerator=bf16_accelerator,
-        weight_dtype=torch.bfloat16,
+    args.max_train_steps = 1
+    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
+    components = dt.Components(
+        tokenizer=make_tokenizer(),
         noise_scheduler=sd_scheduler("v_prediction", RecordingScheduler),
-        unet=prepared,
-        student_tap=dt.FeatureTap(student, student_names),
-        teacher_tap=dt.FeatureTap(unet, teacher_names),
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        ema_unet=None,
-        **others,
+        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
+        vae=AutoencoderKL.from_pretrained(teacher, subfolder="vae"),
+        unet=dt.build_student(teacher_unet, "sd_small"),
+        teacher_unet=teacher_unet,
     )
+    run = dt.make_run(args, bf16_accelerator, components, dt.RunState())
+    others = {"vae": run.vae, "text_encoder": run.text_encoder, "teacher_unet": run.teacher_unet}
+    for model in others.values():
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model.requires_grad_(True)
+    student = bf16_accelerator.unwrap_model(run.unet)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     batch = {
         "pixel_values": torch.rand(2, 3, 64, 64) * 2 - 1,
         "input_ids": torch.randint(2, 54, (2, 16)),
-        "counts": torch.zeros(3, dtype=torch.int64),
+        "counts": torch.zeros(len(dt.COUNTED), dtype=torch.int64),
     }
     inputs: list[Tensor] = []
     student.register_forward_pre_hook(lambda _module, positional: inputs.append(positional[0]))

@@ -1,20 +1,52 @@
-"""The README's commands, tables and links hold."""
+"""The README's commands, tables and links hold.
+
+`python tests/test_readme.py` prints the README's table of flags as the trainer's rows give it.
+"""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import ROOT
 
-import data
-import distill_training as dt
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import distill_training as dt  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 PARSERS = {"distill_training.py": dt.parse_args, "data.py": data.parse_args}
+
+
+MAY_CHANGE = {"free": "yes", "same": "with `--allow_changed_settings`", "never": "no"}
+
+
+def flag_row(flag: data.Flag) -> str:
+    """A flag's line of the table."""
+    if flag.default is None:
+        default = "required" if flag.required else ""
+    elif flag.type is bool:
+        default = "on" if flag.default else "off"
+    else:
+        default = f"`{flag.default}`" if flag.type is str else f"{flag.default:g}"
+    allowed = ", ".join(f"`{choice}`" for choice in flag.allowed or ())
+    if isinstance(flag.allowed, data.Bound):
+        allowed = flag.allowed.text
+    spellings = ", ".join(f"`{name}`" for name in (f"--{flag.name}", *flag.aliases))
+    cells = [spellings, default, allowed, MAY_CHANGE[flag.resume], flag.help]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def flag_table() -> str:
+    """The README's table of all flags, as the trainer's rows give it."""
+    head = ["| flag | default | allowed | may change on resume | meaning |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *map(flag_row, dt.FLAGS.values())])
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -59,6 +91,32 @@ def test_the_mission_flags_are_in_the_table() -> None:
         assert re.search(rf"^\| `--{flag}`", README, re.MULTILINE), flag
 
 
+def test_the_table_of_flags_is_the_trainers() -> None:
+    assert flag_table() in README, "put in what `python tests/test_readme.py` prints"
+
+
+def test_a_row_of_the_table_is_all_there_is_of_a_flag() -> None:
+    many = data.Flag("steps", int, 3, data.AT_LEAST_1, "How many | how far.", "free", aliases=("--n",))
+    switch = data.Flag("fast", bool, False, None, "Be fast.", "never")
+    choice = data.Flag("level", str, "small", ("small", "tiny"), "Which.")
+    assert flag_row(many) == "| `--steps`, `--n` | 3 | at least 1 | yes | How many \\| how far. |"
+    assert flag_row(switch) == "| `--fast` | off |  | no | Be fast. |"
+    resume = "with `--allow_changed_settings`"
+    assert flag_row(choice) == f"| `--level` | `small` | `small`, `tiny` | {resume} | Which. |"
+    assert flag_row(data.Flag("share", float, 1e-4, None, "", "free")) == "| `--share` | 0.0001 |  | yes |  |"
+    assert flag_row(data.Flag("model", str, None, None, "A.", "free", required=True)).startswith(
+        "| `--model` | required |"
+    )
+
+
+def test_the_table_is_printed() -> None:
+    printed = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\| `--(\w+)`", printed, re.MULTILINE)
+    args = vars(dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d"]))
+    assert names == list(dt.FLAGS) and sorted(names) == sorted(args)
+    assert {line.replace(r"\|", "").count("|") for line in printed.splitlines()} == {6}
+
+
 @pytest.mark.parametrize(
     ("column", "config"),
     [
@@ -81,3 +139,7 @@ def test_parameter_table(column: int, config: dict[str, object]) -> None:
 def test_links_into_the_repository_exist() -> None:
     targets = re.findall(r"\]\((?!http|#)([^)]+)\)", README) + re.findall(r'src="(?!http)([^"]+)"', README)
     assert targets and all((ROOT / target).exists() for target in targets)
+
+
+if __name__ == "__main__":
+    print(flag_table())

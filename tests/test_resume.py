@@ -4,10 +4,12 @@ Whole runs at toy width. Every pair of the settings in `FACTORS` occurs in one o
 ones (see launcher.py).
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from helpers import (
 from launcher import Launcher
 from safetensors.torch import load_file, save_file
 
+import data
 import distill_training as dt
 
 # What must not matter for a resumed run. Every pair of values occurs in a row, but for cached latents of a stream.
@@ -121,7 +124,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
 
 
 def test_lists_of_captions_are_read_from_shards(sources: dict[tuple[str, bool], dict[str, Any]]) -> None:
-    rows = dt.TarShards(sources["shards", True]["train_data_dir"], "text")
+    rows = data.ShardFolder(sources["shards", True]["train_data_dir"], "text")
     assert [row["text"] for row in rows] == [[text, f"{text} again", "b"] for _, text in toy_images(12)]
 
 
@@ -187,8 +190,8 @@ def test_it_may_stop_after_any_step(tmp_path: Path, teacher: Path, shards: Path,
     settings |= {"max_train_steps": 4, "checkpointing_steps": 1, "distill_level": "sd_tiny"}
     whole = tmp_path / "whole"
     train(teacher, shards, whole, **settings)
-    decode, decoded = dt.decode_image, []
-    monkeypatch.setattr(dt, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode, decoded = data.decode_image, []
+    monkeypatch.setattr(data, "decode_image", lambda content: decoded.append(content) or decode(content))
     for step in range(1, 4):
         parts = tmp_path / f"from-{step}"
         shutil.copytree(whole / f"checkpoint-{step}", parts / f"checkpoint-{step}")
@@ -224,7 +227,7 @@ def test_skipping_reads_no_image(
 
     if source != "stream":
         count(type(dataset.rows), "__getitem__", "rows")
-    count(dt, "decode_image", "decoded")
+    count(data, "decode_image", "decoded")
     first = 500 if source != "stream" else 40
     batch = next(iter(dt.make_dataloader(dataset, args, accelerator, first)))
     assert seen == {"rows": 0 if source == "stream" else 2, "decoded": 2}
@@ -286,30 +289,34 @@ def test_another_number_of_processes_goes_on_with_the_same_data(
         return started.log()
 
     ends_well(run("alone", 1, 3))
-    log = ends_well(run("shared", 2, 2, tmp_path / "alone" / "checkpoint-1"))
-    assert "--gradient_accumulation_steps is now 1" in log and "noise" in log
+    # The same images per optimiser step on twice the processes, or in micro-batches of twice the size.
+    log = ends_well(run("shared", 2, 2, tmp_path / "alone" / "checkpoint-1", gradient_accumulation_steps=1))
+    assert "was made on 1 processes with --train_batch_size 2" in log and "the noise is another" in log
     log = ends_well(run("again", 1, 3, tmp_path / "shared" / "checkpoint-2"))
-    assert "--gradient_accumulation_steps is now 2" in log
+    assert "was made on 2 processes with --train_batch_size 2" in log and "the noise is another" in log
     alone = samples_seen(tmp_path / "alone.seen")
     assert len(alone) == 12
     assert samples_seen(tmp_path / "shared.seen") == alone[4:8]
     assert samples_seen(tmp_path / "again.seen") == alone[8:]
     state = json.loads((tmp_path / "again" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and state["samples_seen"] == 12
-    # Another micro-batch is the same matter.
-    log = ends_well(run("wide", 1, 2, tmp_path / "alone" / "checkpoint-1", train_batch_size=4))
-    assert "--gradient_accumulation_steps is now 1" in log
+    wide = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
+    log = ends_well(run("wide", 1, 2, tmp_path / "alone" / "checkpoint-1", **wide))
+    assert "was made on 1 processes with --train_batch_size 2" in log and "the noise is another" in log
     assert samples_seen(tmp_path / "wide.seen") == alone[4:8]
-    # The same command once more, as a scheduler restarts it: adjusted again, and nothing to complain of.
-    ends_well(run("wider", 1, 3, tmp_path / "wide" / "checkpoint-2", train_batch_size=4))
+    # The same command once more, as a scheduler restarts it: nothing to complain of.
+    log = ends_well(run("wider", 1, 3, tmp_path / "wide" / "checkpoint-2", **wide))
+    assert "was made" not in log
     assert samples_seen(tmp_path / "wider.seen") == alone[8:]
-    # Four images a step cannot be had from two processes with three each.
-    impossible = run("impossible", 2, 3, tmp_path / "alone" / "checkpoint-1", train_batch_size=3)
-    assert impossible.wait() == [2, 2]
-    errors = [line for line in impossible.log().splitlines() if "error:" in line]
-    assert len(errors) == 1 and "4 images per optimiser step" in errors[0] and "--train_batch_size 3" in errors[0]
-    assert "Traceback" not in impossible.log() + impossible.log(1)
-    assert not samples_seen(tmp_path / "impossible.seen")
+    # Other images per optimiser step are refused, with the flags that decide them.
+    for name, ranks, changed, total in (("more", 2, {}, 8), ("odd", 2, {"train_batch_size": 3}, 12)):
+        impossible = run(name, ranks, 3, tmp_path / "alone" / "checkpoint-1", **changed)
+        assert impossible.wait() == [2, 2]
+        errors = [line for line in impossible.log().splitlines() if "error:" in line]
+        assert len(errors) == 1 and f"images per optimiser step 4 -> {total}" in errors[0]
+        assert "--train_batch_size" in errors[0] and "--gradient_accumulation_steps" in errors[0]
+        assert "Traceback" not in impossible.log() + impossible.log(1)
+        assert not samples_seen(tmp_path / f"{name}.seen")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -367,6 +374,7 @@ FREE: dict[str, Any] = {
     "validation_steps": 2,
     "validation_prompts": ["a circle"],
     "num_validation_images": 2,
+    "validation_guidance_scale": 3,
     "checkpointing_steps": 2,
     "checkpoints_total_limit": 1,
     "report_to": "none",
@@ -557,13 +565,84 @@ def test_a_resumed_average_remembers_nothing(
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Checkpoints of earlier versions.
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """What commit 022e9b0 made: teacher, data, its checkpoint-1, and student and average of its checkpoint-2."""
+    with tarfile.open(Path(__file__).with_name("run_of_022e9b0.tar.xz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "run_of_022e9b0"
+
+
+def test_a_checkpoint_of_022e9b0_is_resumed_bit_for_bit(tmp_path: Path, old_run: Path) -> None:
+    """Another kind of CPU, or another torch, may round otherwise, and so would 022e9b0's own code there.
+
+    So weights are compared to the last bit where a new run's first step is also that of 022e9b0 to the last bit, and
+    else within 1e-5. (Its learning rate is 0, so that it is the optimiser's moments which show how it was rounded.)
+    """
+    settings = {**COMMON, "lr_warmup_steps": 1, "distill_level": "sd_tiny", "random_flip": True, "report_to": "none"}
+    settings |= {"gradient_accumulation_steps": 2, "max_train_steps": 2, "checkpointing_steps": 1}
+    settings |= {"input_perturbation": 0}
+    new, resumed = tmp_path / "new", tmp_path / "resumed"
+    train(old_run / "teacher", old_run / "data", new, **settings)
+    shutil.copytree(old_run / "checkpoint-1", resumed / "checkpoint-1")
+    train(old_run / "teacher", old_run / "data", resumed, **settings, resume_from_checkpoint="latest")
+    moments = [torch.load(run / "checkpoint-1" / "optimizer.bin", weights_only=True) for run in (old_run, new)]
+    assert_equal(*(unet_weights(run / "checkpoint-1" / "unet") for run in (old_run, new)))
+    try:
+        assert_same_nested(moments[0]["state"], moments[1]["state"])
+        tolerance = 0.0
+    except AssertionError:
+        tolerance = 1e-5
+    for name in ("unet", "unet_ema"):
+        wanted = unet_weights(old_run / "checkpoint-2" / name)
+        before = unet_weights(old_run / "checkpoint-1" / name)
+        assert max((wanted[key] - before[key]).abs().max() for key in wanted) > 1e-4  # more than the tolerance
+        for run in (new, resumed):
+            found = unet_weights(run / "checkpoint-2" / name)
+            assert found.keys() == wanted.keys()
+            for key in wanted:
+                torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=tolerance, msg=f"{run.name} {key}")
+
+
+@pytest.mark.parametrize(("name", "other"), [("proportion_empty_prompts", 0.5), ("noise_offset", 0.1)])
+def test_a_flag_that_is_younger_than_the_checkpoint(
+    tmp_path: Path,
+    teacher: Path,
+    shards: Path,
+    two_steps: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    other: float,
+) -> None:
+    """It stands for the value that its row says, which is not always the default."""
+    start = tmp_path / "start"
+    shutil.copytree(two_steps / "checkpoint-1", start / "checkpoint-1")
+    path = start / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["settings"][name]
+    path.write_text(json.dumps(state))
+    resume(teacher, shards, start, tmp_path / "equal")
+    assert_same_checkpoint(two_steps / "checkpoint-2", tmp_path / "equal" / "checkpoint-2")
+    with pytest.raises(dt.UserError, match=f"checkpoint-1 was made with other settings: {name} 0.0 -> {other}. "):
+        resume(teacher, shards, start, tmp_path / "changed", **{name: other})
+    monkeypatch.setitem(dt.FLAGS, name, dataclasses.replace(dt.FLAGS[name], before=other))
+    with pytest.raises(dt.UserError, match=f"checkpoint-1 was made with other settings: {name} {other} -> 0.0. "):
+        resume(teacher, shards, start, tmp_path / "default")
+    resume(teacher, shards, start, tmp_path / "before", **{name: other})
+    assert [path.name for path in dt.list_checkpoints(tmp_path / "before")] == ["checkpoint-1", "checkpoint-2"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Another teacher, other data.
 
 
 def moved_data(shards: Path, target: Path, change: str) -> Path:
     if change == "nothing":
         return Path(shutil.copytree(shards, target))
-    images = [(row["image"]["bytes"], row["text"]) for row in dt.TarShards(shards, "text")]
+    images = [(row["image"]["bytes"], row["text"]) for row in data.ShardFolder(shards, "text")]
     if change == "a caption":
         images[7] = (images[7][0], images[7][1][:-1] + "z")  # as long as before
     elif change == "an image":

@@ -56,6 +56,60 @@ SD2_CONFIG: dict[str, Any] = {
     "use_linear_projection": True,
 }
 
+# unet/config.json of the students that were published for Stable Diffusion 1.5, as diffusers 0.15 (nota-ai's) and
+# 0.19 (segmind's) wrote them: with the keys of their time spelled out, and none of those that came later.
+WRITTEN_BY_0_15: dict[str, Any] = {
+    **SD1_CONFIG,
+    "_diffusers_version": "0.15.0",
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "layers_per_block": 1,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+WRITTEN_BY_0_19: dict[str, Any] = {
+    **WRITTEN_BY_0_15,
+    "_diffusers_version": "0.19.0",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,
+    "time_embedding_dim": None,
+    "transformer_layers_per_block": 1,
+    "upcast_attention": None,
+}
+THREE_LEVELS: dict[str, Any] = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": DOWN_TYPES[:3],
+    "mid_block_type": None,
+    "up_block_types": UP_TYPES[1:],
+}
+PUBLISHED_STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nota-ai/bk-sdm-base": ("sd_small", WRITTEN_BY_0_15),
+    "nota-ai/bk-sdm-small": ("bk_small", WRITTEN_BY_0_15 | {"mid_block_type": None}),
+    "nota-ai/bk-sdm-tiny": ("sd_tiny", WRITTEN_BY_0_15 | THREE_LEVELS),
+    "segmind/small-sd": ("sd_small", WRITTEN_BY_0_19),
+    "segmind/tiny-sd": ("sd_tiny", WRITTEN_BY_0_19 | THREE_LEVELS),
+}
+
 COUNTS = {
     ("sd1", "teacher"): 859_520_964,
     ("sd1", "sd_small"): 579_384_964,
@@ -206,7 +260,7 @@ def test_every_tensor_is_bit_equal_to_its_source(any_teacher: UNet2DConditionMod
         assert dt.teacher_key(name, level) == origin
         assert torch.equal(found[name], source[origin]), name
     assert same_tensors(student, cut_out_blocks(any_teacher, level))
-    dt.check_student(student, any_teacher.config, level)  # raises nothing
+    dt.check_student(student.config, any_teacher.config, level)  # raises nothing
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -263,7 +317,7 @@ def test_teacher_folder_that_leaves_keys_out(tmp_path: Path, toy_teacher: Any, l
     saved = json.loads((tmp_path / "student" / "config.json").read_text())
     assert saved["mid_block_type"] == (None if level != "sd_small" else "UNetMidBlock2DCrossAttn")
     assert torch.equal(run_unet(in_own_memory(student)), run_unet(cut_out_blocks(toy_teacher, level)))
-    dt.check_student(student, teacher.config, level)
+    dt.check_student(student.config, teacher.config, level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -322,15 +376,15 @@ def test_student_cannot_be_pruned_again(toy_teacher: UNet2DConditionModel) -> No
 
 def test_head_count_may_be_spelled_either_way(toy_teacher: UNet2DConditionModel) -> None:
     config = dt.student_unet_config(toy_teacher.config, "sd_tiny") | {"attention_head_dim": [4, 4, 4]}
-    dt.check_student(UNet2DConditionModel.from_config(config), toy_teacher.config, "sd_tiny")
+    dt.check_student(UNet2DConditionModel.from_config(config).config, toy_teacher.config, "sd_tiny")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"block_out_channels": (8, 16, 24, 24)}, "tensors differ"),
-        ({"cross_attention_dim": 12}, "tensors differ"),
-        ({"use_linear_projection": True}, "tensors differ"),
+        ({"block_out_channels": (8, 16, 24, 24)}, "block_out_channels"),
+        ({"cross_attention_dim": 12}, "cross_attention_dim=12 instead of 16"),
+        ({"use_linear_projection": True}, "use_linear_projection=True instead of False"),
         ({"attention_head_dim": 2}, "attention_head_dim"),
         ({"attention_head_dim": (4, 4, 2, 4)}, "attention_head_dim"),
         ({"norm_num_groups": 2}, "norm_num_groups"),
@@ -343,8 +397,77 @@ def test_student_of_another_teacher_is_refused(
     level = "sd_tiny"
     student = dt.build_student(toy_unet(**change), level)
     with pytest.raises(dt.UserError, match=f"^--student_model_name_or_path .*{named}") as caught:
-        dt.check_student(student, toy_teacher.config, level)
+        dt.check_student(student.config, toy_teacher.config, level)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"center_input_sample": True}, "center_input_sample=True instead of False"),
+        ({"downsample_padding": 0}, "downsample_padding=.* instead of 1"),
+        ({"dropout": 0.5}, "dropout=0.5 instead of"),
+        ({"act_fn": "gelu"}, "act_fn=gelu instead of silu"),
+        ({"flip_sin_to_cos": False}, "flip_sin_to_cos=False instead of True"),
+        ({"freq_shift": 1}, "freq_shift=1 instead of"),
+        ({"norm_eps": 1e-6}, "norm_eps=1e-06 instead of 1e-05"),
+        ({"mid_block_scale_factor": 2}, "mid_block_scale_factor=2 instead of 1"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift=scale_shift instead of default"),
+        ({"resnet_out_scale_factor": 2.0}, "resnet_out_scale_factor=2.0 instead of 1.0"),
+        ({"cross_attention_norm": "layer_norm"}, "cross_attention_norm=layer_norm instead of"),
+        ({"attention_type": "gated"}, "attention_type=gated instead of default"),
+        ({"only_cross_attention": [False, True, False, False]}, "only_cross_attention="),
+        ({"act_fn": "gelu", "norm_eps": 1e-6}, "act_fn=gelu instead of silu, norm_eps=1e-06 instead of 1e-05"),
+    ],
+    ids=lambda change: "-".join(change) if isinstance(change, dict) else "",
+)
+def test_whole_configs_are_compared(level: str, change: dict[str, Any], named: str) -> None:
+    """Most of these would load the same tensors, and put out something else."""
+    config = dt.student_unet_config(SD1_CONFIG, level)
+    dt.check_student(config, SD1_CONFIG, level)
+    with pytest.raises(
+        dt.UserError, match=f"^--student_model_name_or_path holds no {level} student of this teacher: it has {named}"
+    ) as caught:
+        dt.check_student(config | change, SD1_CONFIG, level)
+    assert "\n" not in str(caught.value) and str(caught.value).count(" instead of ") == len(change)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_says_the_same_is_the_same(level: str) -> None:
+    """None, False and an absent key; a value and a list of it; and what is no part of the architecture."""
+    config = dt.student_unet_config(SD1_CONFIG, level)
+    unset = [key for key, value in config.items() if value is None or value is False]
+    assert len(unset) > 15 and {"upcast_attention", "only_cross_attention", "class_embed_type"} <= set(unset)
+    for value in (None, False):
+        changed = [key for key in unset if key != "mid_block_type" or level != "sd_small"]
+        dt.check_student(config | dict.fromkeys(changed, value), SD1_CONFIG, level)
+    absent = {key: value for key, value in config.items() if key not in unset or key == "mid_block_type"}
+    dt.check_student(absent, SD1_CONFIG, level)
+    dt.check_student(config, SD1_CONFIG | dict.fromkeys(("only_cross_attention", "upcast_attention")), level)
+    of_an_average = {"decay": 0.999, "optimization_step": 7, "_class_name": "UNet", "_name_or_path": "a"}
+    dt.check_student(config | of_an_average, SD1_CONFIG, level)  # what the library does not know, it ignores
+    levels = len(config["block_out_channels"])
+    lists = {"attention_head_dim": [8] * levels, "cross_attention_dim": (768,) * levels}
+    lists |= {"only_cross_attention": [False] * levels, "transformer_layers_per_block": [1] * levels}
+    dt.check_student(config | lists, SD1_CONFIG, level)
+    dt.check_student(config | {"sample_size": 96, "upcast_attention": True}, SD1_CONFIG, level)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_STUDENTS)
+def test_published_students_are_accepted(name: str) -> None:
+    level, config = PUBLISHED_STUDENTS[name]
+    assert parameters_of(config) == COUNTS["sd1", level]
+    with torch.device("meta"):
+        loaded = UNet2DConditionModel.from_config(SD1_CONFIG).config  # with what the library makes of absent keys
+    for teacher_config in (SD1_CONFIG, loaded):
+        dt.check_student(config, teacher_config, level)
+    for other in LEVELS:
+        if other != level:
+            with pytest.raises(dt.UserError, match=f"no {other} student of this teacher"):
+                dt.check_student(config, SD1_CONFIG, other)
+    with pytest.raises(dt.UserError, match="cross_attention_dim=768 instead of 1024"):
+        dt.check_student(config, SD2_CONFIG, level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -352,7 +475,7 @@ def test_student_of_another_level_is_refused(toy_teacher: UNet2DConditionModel, 
     others = [dt.build_student(toy_teacher, other) for other in LEVELS if other != level]
     for student in [*others, toy_teacher]:
         with pytest.raises(dt.UserError, match=f"no {level} student of this teacher"):
-            dt.check_student(student, toy_teacher.config, level)
+            dt.check_student(student.config, toy_teacher.config, level)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +487,7 @@ def test_student_of_another_level_is_refused(toy_teacher: UNet2DConditionModel, 
     ],
 )
 def test_feature_pairs(any_teacher: UNet2DConditionModel, level: str, expected: str) -> None:
-    pairs = dt.feature_pairs(level)
+    pairs = dt.DISTILL_LEVELS[level].feature_pairs
     short = [
         "-".join(re.sub(r"^(d|u)\w+\.", r"\1", name).replace("mid_block", "m") for name in pair) for pair in pairs
     ]

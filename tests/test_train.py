@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from helpers import (
     SCRIPT,
@@ -29,6 +33,7 @@ from launcher import Launcher
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill_training as dt
 
@@ -65,9 +70,9 @@ def test_only_the_student_is_trained_and_kept(
     trained: list[dict[str, torch.Tensor]] = []
     save = dt.save_checkpoint
 
-    def keep(run: dt.Distillation, *position: int) -> Path:
+    def keep(run: dt.Distillation) -> Path | None:
         trained.append({name: tensor.clone() for name, tensor in run.unet.state_dict().items()})
-        return save(run, *position)
+        return save(run)
 
     monkeypatch.setattr(dt, "save_checkpoint", keep)
     with watched(monkeypatch) as runs:
@@ -123,6 +128,41 @@ def test_ema_is_the_average_by_hand(tmp_path: Path, teacher: Path, shards: Path)
         torch.testing.assert_close(saved, average, rtol=1e-5, atol=1e-7)
 
 
+class CountCopies(TorchDispatchMode):
+    """How often one tensor is copied into another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.copies += function is torch.ops.aten.copy_.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_offloaded_average_is_the_same_by_way_of_a_copy(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, too, the average is copied to where the student is and back: a lost way back shows."""
+    copies: list[float] = []
+    update = dt.StudentEMA.update
+
+    def count(ema: dt.StudentEMA, *args: Any) -> None:
+        with CountCopies() as counter:
+            update(ema, *args)
+        copies.append(counter.copies / len(ema.shadow_params))
+
+    monkeypatch.setattr(dt.StudentEMA, "update", count)
+    settings = {"distill_level": "sd_tiny", "max_train_steps": 3, "checkpointing_steps": 1, "use_ema": True}
+    train(teacher, shards, tmp_path / "plain", **settings)
+    train(teacher, shards, tmp_path / "offloaded", **settings, offload_ema=True)
+    assert copies == [0, 0, 0, 2, 2, 2]
+    for part in ("checkpoint-1/unet_ema", "checkpoint-2/unet_ema", "checkpoint-3/unet_ema", "unet"):
+        assert_equal(unet_weights(tmp_path / "plain" / part), unet_weights(tmp_path / "offloaded" / part))
+    with pytest.raises(AssertionError):  # the average moves
+        assert_equal(*(unet_weights(tmp_path / "plain" / f"checkpoint-{step}" / "unet_ema") for step in (2, 3)))
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path, teacher: Path, shards: Path, offload: bool) -> None:
     settings = {
@@ -157,7 +197,7 @@ def test_everything_is_logged_for_every_step(tmp_path: Path, teacher: Path, shar
     settings = {"gradient_accumulation_steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 2, "logging_steps": 3}
     train(teacher, shards, output, max_train_steps=7, report_to="tensorboard", **weights, **settings)
     logged = scalars(output)
-    pairs = [f"feature_loss/{name}-{name}" for name, _ in dt.feature_pairs("sd_small")]
+    pairs = [f"feature_loss/{name}-{name}" for name, _ in dt.DISTILL_LEVELS["sd_small"].feature_pairs]
     assert set(logged) == {"loss", "task_loss", "output_loss", "feature_loss", "grad_norm", "lr", *pairs}
     for step in range(1, 8):  # the last lot is not a full one
         value = {tag: logged[tag][step] for tag in logged}
@@ -168,6 +208,89 @@ def test_everything_is_logged_for_every_step(tmp_path: Path, teacher: Path, shar
         # Linear warm-up over 2 and decay to 7, in optimiser steps whatever the accumulation.
         factor = (step - 1) / 2 if step <= 2 else (7 - (step - 1)) / 5
         assert math.isclose(value["lr"], 1e-3 * factor, rel_tol=1e-6)
+
+
+def final_metrics(text: str, separator: str) -> tuple[dict[str, float], int]:
+    """Metric to its final value, and the number of steps that these are the means of."""
+    rows = dict(re.findall(rf"Final (\S+){re.escape(separator)}(.*?)(?: \||$)", text, flags=re.MULTILINE))
+    steps = re.fullmatch(r"means of the last (\d+) steps", rows.pop("values"))
+    return {name: float(value) for name, value in rows.items()}, int(steps[1])
+
+
+def test_final_metrics_are_the_means_of_the_logged_steps(
+    tmp_path: Path, teacher: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    settings = {"max_train_steps": 5, "report_to": "tensorboard", "lr_scheduler": "linear", "lr_warmup_steps": 0}
+    train(teacher, shards, output, distill_level="sd_tiny", logging_steps=2, **settings)
+    logged = scalars(output)
+    final, steps = final_metrics(caplog.text, " = ")
+    assert final_metrics((output / "README.md").read_text(), " | ") == (final, steps)
+    assert steps == 5 and final.keys() == logged.keys() - {"lr"} >= {"loss", "feature_loss", "grad_norm"}
+    for name, value in final.items():
+        assert set(logged[name]) == {1, 2, 3, 4, 5}
+        assert value == pytest.approx(sum(logged[name].values()) / 5, rel=1e-5), name
+    assert len({round(value, 6) for value in logged["loss"].values()}) == 5
+
+
+def test_final_metrics_are_those_of_the_last_hundred_steps(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 130 steps that nothing is computed in; one of them is not finite."""
+
+    def step(run: dt.Distillation, batch: dict[str, torch.Tensor], micro_batch: int) -> Any:
+        run.state.sound_steps += 1
+        loss = math.nan if micro_batch == 99 else float(micro_batch)
+        return torch.full((len(run.metric_names()),), loss), torch.tensor(1.0)
+
+    monkeypatch.setattr(dt, "training_step", step)
+    settings = {"distill_level": "sd_tiny", "resolution": 32, "train_batch_size": 1, "max_train_steps": 130}
+    train(teacher, shards, tmp_path / "out", **settings)
+    final, steps = final_metrics(caplog.text, " = ")
+    assert steps == 99 and final["loss"] == pytest.approx((sum(range(30, 130)) - 99) / 99, rel=1e-5)
+    assert final_metrics((tmp_path / "out" / "README.md").read_text(), " | ") == (final, steps)
+
+
+@pytest.mark.parametrize(("variable", "flag"), [("2", None), ("1", 2), ("2", 2)])
+def test_the_flag_for_accumulation_wins_over_the_environment(
+    tmp_path: Path,
+    teacher: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    flag: int | None,
+) -> None:
+    """accelerate's own variable for it; the flag's default wins as well."""
+    settings = {"max_train_steps": 3, "gradient_accumulation_steps": flag, "distill_level": "sd_tiny"}
+    settings |= {"lr_scheduler": "linear", "lr_warmup_steps": 0, "report_to": "tensorboard"}
+    train(teacher, shards, tmp_path / "plain", **settings)
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    assert name not in caplog.text
+    monkeypatch.setenv(name, variable)
+    with watched(monkeypatch, lambda run: run.state.global_step) as steps:
+        train(teacher, shards, tmp_path / "out", **settings)
+    count = flag or 1
+    assert steps == [step for step in range(3) for _ in range(count)]
+    logged = scalars(tmp_path / "out")
+    assert logged == scalars(tmp_path / "plain") and set(logged["loss"]) == {1, 2, 3}
+    assert logged["lr"] == {step: pytest.approx(1e-3 * (4 - step) / 3) for step in (1, 2, 3)}
+    assert_equal(*(unet_weights(tmp_path / run / "unet") for run in ("plain", "out")))
+    warnings = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    if variable == str(count):
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert f"{name}={variable} " in warning and f"--gradient_accumulation_steps is {count}" in warning
+
+
+def test_the_warning_of_the_other_accumulation_is_shown(
+    tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher
+) -> None:
+    line = flags(teacher, shards, tmp_path / "out", max_train_steps=1, distill_level="sd_tiny")
+    run = launcher.start(line, tmp_path / "log", ranks=2, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2)
+    assert run.wait() == [0, 0], run.log() + run.log(1)
+    assert (run.log() + run.log(1)).count("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 is ignored") == 1
 
 
 def test_accumulated_terms_are_the_mean_of_the_micro_batches(
@@ -349,13 +472,14 @@ def test_gradients_are_gone_when_the_average_is_updated(
     tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a small card there is no room for both."""
-    held, update = [], dt.update_ema
+    held, update = [], dt.StudentEMA.update
 
-    def watched(ema_unet: Any, unet: torch.nn.Module) -> None:
-        held.append(sum(parameter.grad is not None for parameter in unet.parameters()))
-        update(ema_unet, unet)
+    def watched(ema: dt.StudentEMA, parameters: Iterator[torch.nn.Parameter], skipped: torch.Tensor) -> None:
+        parameters = list(parameters)
+        held.append(sum(parameter.grad is not None for parameter in parameters))
+        update(ema, parameters, skipped)
 
-    monkeypatch.setattr(dt, "update_ema", watched)
+    monkeypatch.setattr(dt.StudentEMA, "update", watched)
     train(teacher, shards, tmp_path / "out", max_train_steps=2, gradient_accumulation_steps=2, use_ema=True)
     assert held == [0, 0]
 
@@ -489,6 +613,86 @@ def test_weights_that_are_lost_in_the_last_step_are_not_saved(tmp_path: Path, te
     with pytest.raises(dt.TrainingError, match="not finite"):
         train(teacher, shards, tmp_path / "out", max_train_steps=1, learning_rate=1e30)
     assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_an_engine_that_accelerate_is_configured_for_is_refused(
+    tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher, engine: str
+) -> None:
+    line = flags(teacher, shards, tmp_path / "out", max_train_steps=1)
+    run = launcher.start(line, tmp_path / "log", **{f"ACCELERATE_USE_{engine}": "true"})
+    assert run.wait() == [2], run.log()
+    assert run.log().count("accelerate is configured for") == run.log().count("`accelerate config`") == 1
+    assert run.log().count("error:") == 1 and "Traceback" not in run.log()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "MEGATRON_LM", "XLA"])
+def test_an_engine_that_accelerate_chose_is_refused(
+    tmp_path: Path, teacher: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    class Sharding(Accelerator):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.state.distributed_type = DistributedType[engine]
+
+    monkeypatch.setattr(dt, "Accelerator", Sharding)
+    with pytest.raises(dt.UserError, match="^accelerate is configured for .*`accelerate config`") as error:
+        train(teacher, shards, tmp_path / "out", max_train_steps=1)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# Run distill_training.py as on Windows: what it and data.py import themselves does not find POSIX's modules.
+WITHOUT_POSIX = """
+import builtins, importlib, os, runpy, sys
+
+folder, hidden = sys.argv.pop(1), {"resource", "fcntl", "pwd", "grp", "termios"}
+ours = {os.path.join(folder, name) for name in ("distill_training.py", "data.py")}
+import_name, import_module = builtins.__import__, importlib.import_module
+
+def refuse(name, importer):
+    if name.partition(".")[0] in hidden and importer.get("__file__") in ours:
+        print("HIDDEN", name)
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def hiding(name, globals=None, *args, **kwargs):
+    refuse(name, globals or {})
+    return import_name(name, globals, *args, **kwargs)
+
+def hiding_module(name, package=None):
+    refuse(name, sys._getframe(1).f_globals)
+    return import_module(name, package)
+
+builtins.__import__, importlib.import_module = hiding, hiding_module
+sys.path.insert(0, folder)
+sys.argv[0] = os.path.join(folder, "distill_training.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_no_module_that_only_posix_has_is_needed(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    """Libraries may need them; the trainer, and what it imports of data.py, must not."""
+
+    def run(*line: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_POSIX, str(SCRIPT.parent), *line]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    assert "--pretrained_model_name_or_path" in run("--help").stdout
+    settings = {"distill_level": "sd_tiny", "max_train_steps": 2, "checkpointing_steps": 1, "use_ema": True}
+    done = run(*flags(teacher, shards, tmp_path / "out", **settings, cache_latents=True))
+    assert "HIDDEN resource" in done.stdout and "Peak memory = not known" in done.stderr
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_the_script_alone_says_what_it_lacks(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    command = [sys.executable, str(tmp_path / SCRIPT.name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "error: data.py is not beside it" in done.stderr
 
 
 def test_a_teacher_that_lacks_a_part_is_refused_before_training(tmp_path: Path, shards: Path) -> None:
