@@ -701,7 +701,7 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
         notes.append(
             f"- {result['label']}: matmul peak {peak / 1e9:,.0f} GFLOP/s; the loader alone gives "
             f"{result['loader_images_per_second']:.1f} images/s; whether a step is sound takes the host "
-            f"{1e6 * result['agreement_seconds']:.0f} µs to note and to read one step later, while the device works."
+            f"{1e6 * result['agreement_seconds']:.0f} µs to note and to read one step later (a GPU has work queued)."
         )
         if "profile" in result:
             kinds = ", ".join(f"{k} {ms:.1f} ms" for k, ms in result["profile"]["milliseconds_per_step"].items())
