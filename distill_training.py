@@ -2539,11 +2539,12 @@ def main(args: argparse.Namespace) -> None:
         of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
     of_student, total_batch = count_parameters(unet), total_batch_size(args, accelerator)
     latents = getattr(dataset.rows, "latents", None)
-    if latents and (latents["vae"], latents["scaling_factor"]) != (weights_hash(vae), vae.config.scaling_factor):
+    contents = describe_contents(dataset, components, teacher_config, args, accelerator.num_processes)
+    same_vae = (contents["teacher's VAE"], vae.config.scaling_factor)
+    if latents and (latents["vae"], latents["scaling_factor"]) != same_vae:
         raise UserError(
             f"--train_data_dir {args.train_data_dir} holds latents of another VAE than that of --{TEACHER}."
         )
-    contents = describe_contents(dataset, components, teacher_config, args, accelerator.num_processes)
     check_unchanged(checkpoint, state.settings, contents, args)
     state.settings = settings | contents
     if args.max_train_steps is None:

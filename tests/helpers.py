@@ -42,6 +42,20 @@ UNET_CONFIG: dict[str, Any] = {
 }
 
 
+def components_of(teacher: Path, level: str = "sd_tiny", **others: Any) -> dt.Components:
+    """The models of a run as `main` loads them, a student of this level among them; `others` take their place."""
+    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
+    loaded = {
+        "tokenizer": make_tokenizer(),
+        "noise_scheduler": DDPMScheduler.from_pretrained(teacher, subfolder="scheduler"),
+        "text_encoder": CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
+        "vae": AutoencoderKL.from_pretrained(teacher, subfolder="vae"),
+        "unet": dt.build_student(teacher_unet, level),
+        "teacher_unet": teacher_unet,
+    }
+    return dt.Components(**(loaded | others))
+
+
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer with letters for its vocabulary."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]

@@ -27,13 +27,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from helpers import (
     ROOT,
     assert_equal,
     assert_same_batches,
+    components_of,
     data_args,
     dataset_of,
     flags,
@@ -45,7 +46,7 @@ from helpers import (
 )
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 import data
 import distill_training as dt
@@ -134,16 +135,7 @@ def test_mean_and_deviation_sample_as_the_vae_does(teacher: Path, dtype: torch.d
 
 def new_run(teacher: Path, args: argparse.Namespace, vae: AutoencoderKL) -> dt.Distillation:
     args.max_train_steps = 100
-    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    components = dt.Components(
-        tokenizer=make_tokenizer(),
-        noise_scheduler=DDPMScheduler.from_pretrained(teacher, subfolder="scheduler"),
-        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
-        vae=vae,
-        unet=dt.build_student(teacher_unet, "sd_tiny"),
-        teacher_unet=teacher_unet,
-    )
-    return dt.make_run(args, Accelerator(cpu=True), components, dt.RunState())
+    return dt.make_run(args, Accelerator(cpu=True), components_of(teacher, vae=vae), dt.RunState())
 
 
 def test_a_step_from_the_cache_is_the_same_step(

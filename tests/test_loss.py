@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from helpers import UNET_CONFIG, make_tokenizer
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from helpers import UNET_CONFIG, components_of
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 import distill_training as dt
 
@@ -320,15 +319,7 @@ def test_training_step_in_bf16(teacher: Path, shards: Path, bf16_accelerator: Ac
     line += ["--learning_rate", "1e-3"]
     args = dt.parse_args(line)
     args.max_train_steps = 1
-    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    components = dt.Components(
-        tokenizer=make_tokenizer(),
-        noise_scheduler=sd_scheduler("v_prediction", RecordingScheduler),
-        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
-        vae=AutoencoderKL.from_pretrained(teacher, subfolder="vae"),
-        unet=dt.build_student(teacher_unet, "sd_small"),
-        teacher_unet=teacher_unet,
-    )
+    components = components_of(teacher, "sd_small", noise_scheduler=sd_scheduler("v_prediction", RecordingScheduler))
     run = dt.make_run(args, bf16_accelerator, components, dt.RunState())
     others = {"vae": run.vae, "text_encoder": run.text_encoder, "teacher_unet": run.teacher_unet}
     for model in others.values():

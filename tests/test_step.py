@@ -15,23 +15,22 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from helpers import (
     UNET_CONFIG,
     assert_equal,
     assert_same_checkpoint,
     assert_same_nested,
+    components_of,
     data_args,
     dataset_of,
     flags,
-    make_tokenizer,
     scalars,
     train,
     unet_weights,
     watched,
 )
 from launcher import Launcher
-from transformers import CLIPTextModel
 
 import distill_training as dt
 
@@ -69,17 +68,8 @@ def new_run(teacher: Path, accelerator: Accelerator | None = None, encodes: bool
     """A run as `main` builds it, of one thousand steps."""
     args = data_args(teacher, dataset_name="of/none", **(SETTINGS | settings))
     args.max_train_steps = 1000
-    teacher_unet = UNet2DConditionModel.from_pretrained(teacher, subfolder="unet")
-    components = dt.Components(
-        tokenizer=make_tokenizer(),
-        noise_scheduler=DDPMScheduler.from_pretrained(teacher, subfolder="scheduler"),
-        text_encoder=CLIPTextModel.from_pretrained(teacher, subfolder="text_encoder"),
-        vae=AutoencoderKL.from_pretrained(teacher, subfolder="vae"),
-        unet=dt.build_student(teacher_unet, "sd_tiny"),
-        teacher_unet=teacher_unet,
-    )
     accelerator = accelerator or Accelerator(cpu=True)
-    return dt.make_run(args, accelerator, components, dt.RunState(), encodes=encodes)
+    return dt.make_run(args, accelerator, components_of(teacher), dt.RunState(), encodes=encodes)
 
 
 def batch_of_latents(size: int = 2) -> dict[str, torch.Tensor]:
