@@ -782,7 +782,7 @@ def prepare_example(
     proportion_empty_prompts: float,
     mirrors: bool = False,
 ) -> dict[str, Any]:
-    """One training example (see `DistillationDataset`) of an undecoded row. Raises `UnusableSample`.
+    """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
 
     The caption, its dropout, the crop and the flip follow from `seed` alone. `mirrors` draws one of two variants of
     latents. Without a tokenizer the example has all `captions`, and whether it was `enlarged`, for shards of latents.
@@ -801,8 +801,14 @@ def prepare_example(
         return {**example, "captions": captions, "enlarged": enlarged}
     rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
     counts[ENLARGED] = enlarged
-    drawn = [""] if rng.random() < proportion_empty_prompts else captions
-    return {**example, "input_ids": tokenize_captions([drawn], tokenizer, rng)[0], "counts": counts}
+    caption = "" if rng.random() < proportion_empty_prompts else rng.choice(captions)
+    return {**example, "caption": caption, "counts": counts}
+
+
+def tokenize_examples(examples: list[dict[str, Any]], tokenizer: CLIPTokenizer) -> list[dict[str, Tensor]]:
+    """The examples with `input_ids` (tokens,) for `caption`; of a batch at once, which takes a third of the time."""
+    rows = tokenize_captions([example.pop("caption") for example in examples], tokenizer, random.Random())
+    return [{**example, "input_ids": input_ids} for example, input_ids in zip(examples, rows, strict=True)]
 
 
 class DistillationDataset(Dataset):
@@ -820,7 +826,14 @@ class DistillationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """A batch, as `DataLoader` asks for it."""
+        return tokenize_examples([self._usable(key) for key in keys], self.prepare["tokenizer"])
+
+    def _usable(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -len(self) <= index < len(self):
             raise IndexError(index)  # also what ends a plain `for example in dataset`
@@ -835,7 +848,7 @@ class DistillationDataset(Dataset):
         raise UserError(f"None of the {len(self)} training samples can be used: {describe_counts(counts)}.")
 
     def example(self, epoch: int, row: int) -> dict[str, Any]:
-        """The example made of this very row in `epoch`. Raises `UnusableSample`."""
+        """The example made of this very row in `epoch`, see `prepare_example`. Raises `UnusableSample`."""
         seed = derived_seed(self.seed, "sample", epoch, row)
         try:
             return prepare_example(self.rows[row], self.columns, seed, **self.prepare)
@@ -881,6 +894,7 @@ class StreamingDataset(IterableDataset):
                 seed = derived_seed(self.seed, "sample", epoch, position, self.rank, worker)
                 try:
                     example = prepare_example(row, self.columns, seed, **self.prepare)
+                    example = tokenize_examples([example], self.prepare["tokenizer"])[0]
                 except UnusableSample as unusable:
                     counts[unusable.args[0]] += 1
                     vacant += 1
