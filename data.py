@@ -52,7 +52,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 FORMAT = "distill-sd data.py 1"
 USER_AGENT = "Mozilla/5.0 (compatible; distill-sd; +https://github.com/segmind/distill-sd)"
@@ -177,10 +177,28 @@ def bound_problems(flags: Iterable[Flag], args: argparse.Namespace) -> list[str]
     ]
 
 
+def check_wandb(flag: str) -> None:
+    """Raise UserError where wandb, which `flag` asks for, has no login; on a terminal it asks for one."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    import wandb
+
+    try:
+        logged_in = wandb.login(verify=True)
+    except Exception as error:  # wandb raises several kinds, requests' own among them
+        raise UserError(f"{flag}: can't log in to wandb: {str(error).splitlines()[0]}") from None
+    if not logged_in:
+        raise UserError(f"{flag}: not logged in to wandb; run `wandb login`, or set WANDB_MODE=offline")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images, for both scripts.
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = tuple(  # what Pillow reads and people keep images in
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .tga".split()
+)
+UNREAD_SUFFIXES = tuple(".heic .heif .jxl .svg .psd .dng .cr2 .nef .arw .raw".split())  # and what it does not
+PNG_TEXT_BYTES = 64 * MIB  # workflows of image generators, say: Pillow's own limit is 1 MiB a text
 
 
 def check_range(image: Image.Image) -> None:
@@ -204,6 +222,7 @@ def decode_image(data: bytes) -> Image.Image:
     """Bytes of an image file to RGB as it is meant to be seen: EXIF orientation applied, of an animation the first
     frame, see `to_rgb`. Raises what Pillow raises on a broken file.
     """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = PNG_TEXT_BYTES
     image = Image.open(io.BytesIO(data))
     check_range(image)
     image.load()
@@ -331,8 +350,16 @@ def latents_of(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+
+
 def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield each member's name, and where its data start and their size. Raises UserError for an empty or cut tar."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(f"{path} is compressed ({kind}), so no sample of it can be found: decompress it first.")
     try:
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
@@ -347,10 +374,23 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def split_member(name: str) -> tuple[str, str]:
-    """(key, suffix) of a member, as WebDataset splits them: at the first dot of the file's own name."""
-    folder, _, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    return f"{folder}/{stem}", f".{suffix.lower()}"
+    """(key, suffix) of a member, split at the last dot: keys may have dots of their own (`shop_4.04.jpg`)."""
+    key, suffix = os.path.splitext(name)
+    return key, suffix.lower()
+
+
+def codec_of(start: bytes) -> str:
+    """The encoding of a text file, by its mark; UTF-8 where it has none."""
+    marks = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    return next((codec for mark, codec in marks.items() if start.startswith(mark)), "utf-8-sig")
+
+
+def decode_text(content: bytes) -> str | None:
+    """A text file's content without its mark; None where it cannot be decoded."""
+    try:
+        return content.decode(codec_of(content))
+    except UnicodeDecodeError:
+        return None
 
 
 def entry_of(path: Path) -> dict[str, Any]:
@@ -388,34 +428,94 @@ PLACE = np.dtype(
 )
 
 
-class ShardFolder(Sequence):
+class Rows(Sequence):
+    """Samples read in place, with an account of what is not used of the images that are there.
+
+    `rows[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0  # that are there
+        self.left_out: dict[str, tuple[int, str]] = {}  # by kind: how many, and the name of one
+        self.notes: list[str] = []  # what else a user may not expect, in sentences
+
+    def leave_out(self, kind: str, name: str) -> None:
+        count, example = self.left_out.get(kind, (0, name))
+        self.left_out[kind] = count + 1, example
+
+    def describe(self) -> list[str]:
+        """How many images are there, how many are used and why the others are not, in sentences."""
+        used = f"{self.images:,} images are there, {len(self):,} samples are used."
+        return [f"{used} {self.describe_left_out()}".strip(), *self.notes]
+
+    def describe_left_out(self) -> str:
+        """What is not used, in a sentence; none where all is."""
+        kinds = [f"{count:,} {kind} ({example})" for kind, (count, example) in self.left_out.items()]
+        return f"Left out: {', '.join(kinds)}." if kinds else ""
+
+
+class ShardFolder(Rows):
     """Shards read in place: the samples of `*.tar`, found by their offsets.
 
-    `shards[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row; one of latents
-    has "latents", "enlarged" and "fault" too, and a list of captions. With a `manifest.json` the offsets are computed
-    from it and checked against each tar's size; else every tar is walked once. Raises `UserError` for an empty, cut or
-    missing tar, and `OSError` for a sample whose tar was cut since.
+    Rows of latents have "latents", "enlarged" and "fault" too, and a list of captions. With a `manifest.json` the
+    offsets are computed from it and checked against each tar's size; else every tar is walked once, and images and
+    captions are paired by their key, in whatever order they come. Raises `UserError` for an empty, cut, compressed or
+    missing tar and for a key that a tar has twice, and `OSError` for a sample whose tar was cut since.
     """
 
     def __init__(self, folder: Path, caption_column: str = "text") -> None:
+        super().__init__()
         self.caption_column = caption_column
         manifest = read_manifest(folder)
         self.latents: dict[str, Any] | None = manifest.get("latents") if manifest else None
+        tars = [path for path in sorted(folder.glob("*.tar")) if not path.is_dir()]
         if manifest:
             if not manifest.get("complete", True):
                 what = f"{folder / 'manifest.json'} is of an unfinished download: training on what is there."
                 warnings.warn(what, stacklevel=2)
-            self.paths = [folder / shard["name"] for shard in manifest["shards"]]
-            tables = [self._computed(*pair) for pair in zip(self.paths, manifest["shards"], strict=True)]
+            try:
+                self.paths = [folder / shard["name"] for shard in manifest["shards"]]
+                tables = [self._computed(*pair) for pair in zip(self.paths, manifest["shards"], strict=True)]
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                what = f"its shards lack what data.py writes ({error})"
+                raise UserError(f"{folder / 'manifest.json'} is not one that data.py wrote: {what}.") from None
+            self.images = sum(map(len, tables))
+            for path in sorted(set(tars) - set(self.paths)):
+                self.leave_out("shards that manifest.json does not name", path.name)
         else:
             from tqdm import tqdm
 
-            self.paths = sorted(folder.glob("*.tar"))
+            self.paths = tars
             progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
             tables = [self._walked(path) for path in progress]
         for number, table in enumerate(tables):
             table["shard"] = number
         self.places = np.concatenate([np.zeros(0, PLACE), *tables])
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+                self.images += 1
+                self.leave_out("images beside the shards", path.name)
+            elif path.suffix == ".tar" and path.is_dir():
+                self.leave_out("folders called like shards", path.name)
+        self._look_for_captions()
+
+    def _look_for_captions(self) -> None:
+        # Of a caption's entry in json that no sample has, nothing would be said until all samples were tried.
+        in_json = np.flatnonzero(self.places["json"])
+        if self.latents is not None or not len(in_json):
+            if self.caption_column != "text" and len(self):
+                self.notes.append(f"--caption_column {self.caption_column} is not read: captions are .txt files.")
+            return
+        keys: set[str] = set()
+        for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
+            place = self.places[in_json[index]]
+            record = self._record(self._read(place, "caption"))
+            if record.keys() & {self.caption_column, "caption"}:
+                return
+            keys |= record.keys()
+        found = ", ".join(sorted(keys)) or "nothing"
+        where = f"the .json files of {self.paths[0].parent} have no entry {self.caption_column} or caption"
+        raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
 
     @staticmethod
     def _computed(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
@@ -428,17 +528,32 @@ class ShardFolder(Sequence):
         table["image_bytes"], table["caption_bytes"] = shard["image_bytes"], shard["caption_bytes"]
         return table
 
-    @staticmethod
-    def _walked(path: Path) -> np.ndarray:
+    def _walked(self, path: Path) -> np.ndarray:
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, start, size in walk_tar(path):
+            key, suffix = split_member(name)
+            if suffix in UNREAD_SUFFIXES:
+                self.leave_out("of a kind that Pillow does not read", f"{path.name}: {name}")
+            if suffix not in (*IMAGE_SUFFIXES, ".txt", ".json", ".npy", ".caption") or "/._" in f"/{name}":
+                continue  # a Mac's `._` twins are no samples
+            if suffix in samples.setdefault(key, {}):
+                raise UserError(f"{path} holds {name} twice: give every sample of a shard a key of its own.")
+            samples[key][suffix] = start, size
         rows: list[tuple[int, int, int, int, int, bool]] = []
-        for _, group in itertools.groupby(walk_tar(path), key=lambda member: split_member(member[0])[0]):
-            members = {split_member(name)[1]: (start, size) for name, start, size in group}
-            images = [place for suffix, place in members.items() if suffix in IMAGE_SUFFIXES]
+        for key, members in samples.items():
+            images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
             captions = [(*members[suffix], suffix == ".json") for suffix in (".txt", ".json") if suffix in members]
-            if images and captions:
-                rows.append((0, *images[0], *captions[0]))
-            elif ".npy" in members and not images:
+            self.images += len(images)
+            if ".npy" in members and not images:
                 raise UserError(f"{path} holds latents, which need their manifest.json: it is not there.")
+            if images and captions:
+                rows.append((0, *members[images[0]], *captions[0]))
+            there = " (.caption is not read)" if ".caption" in members else ""
+            for suffix in images[1:] if captions else images:
+                reason = "of a key that has another image" if captions else f"without .txt or .json{there}"
+                self.leave_out(reason, f"{path.name}: {key}{suffix}")
+            if not images and captions:
+                self.leave_out("captions without an image", f"{path.name}: {key}")
         return np.array(rows, PLACE)
 
     def __len__(self) -> int:
@@ -446,40 +561,213 @@ class ShardFolder(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = self.places[index]
-        path = self.paths[place["shard"]]
-        # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
-        with open(path, "rb", buffering=0) as shard:
-            contents = []
-            for name in ("image", "caption"):
-                shard.seek(int(place[name]))
-                contents.append(shard.read(int(place[f"{name}_bytes"])))
-                if len(contents[-1]) < place[f"{name}_bytes"]:
-                    raise OSError(f"{path} is cut short")
-        image, caption = contents
+        image, caption = self._read(place, "image"), self._read(place, "caption")
         if self.latents is None:
-            return {"image": {"bytes": image}, "text": self._caption(caption, place["json"])}
+            text = self._caption(self._record(caption)) if place["json"] else decode_text(caption)
+            return {"image": {"bytes": image}, "text": text}
         try:
             record = json.loads(caption)
             latents = read_npy(image) if image else None
             row = {"latents": latents, "text": list(record["captions"]), "fault": record.get("fault")}
         except Exception as error:  # what a damaged file raises depends on where it is damaged
+            path = self.paths[place["shard"]]
             raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
         return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
 
-    def _caption(self, content: bytes, is_json: bool) -> Any:
-        text = content.decode("utf-8", errors="replace")
-        if not is_json:
-            return text
+    def _read(self, place: np.void, member: str) -> bytes:
+        # Opened anew for each member: nothing to share with workers and no limit on the number of shards.
+        path, size = self.paths[place["shard"]], int(place[f"{member}_bytes"])
+        with open(path, "rb", buffering=0) as shard:
+            shard.seek(int(place[member]))
+            content = shard.read(size)
+        if len(content) < size:
+            raise OSError(f"{path} is cut short")
+        return content
+
+    @staticmethod
+    def _record(content: bytes) -> dict[str, Any]:
         try:
-            record = json.loads(text)
+            record = json.loads(decode_text(content) or "null")
         except ValueError:
-            return None
-        return record.get(self.caption_column, record.get("caption")) if isinstance(record, dict) else None
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _caption(self, record: Mapping[str, Any]) -> Any:
+        return record.get(self.caption_column, record.get("caption"))
+
+    def fingerprint(self) -> str:
+        """A digest of which samples there are, and of the sizes and times of their files."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        return hashlib.blake2b(repr((files, self.caption_column)).encode() + self.places.tobytes()).hexdigest()
 
     def select(self, indices: Sequence[int]) -> "ShardFolder":
         """Keep these samples only, in this order."""
         self.places = self.places[indices]
         return self
+
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files below a folder, by their paths from it, sorted; links are followed. Raises UserError.
+
+    What begins with a dot or, of folders, with two underscores is left out, as `datasets` leaves it out.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.")
+
+    found: list[str] = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here = os.path.join(os.path.realpath(place), "")
+        folders[:] = [  # without links to where we come from
+            name
+            for name in folders
+            if not name.startswith((".", "__"))
+            and not here.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))
+        ]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != "."]
+    return sorted(found)
+
+
+def why_no_images(folder: Path) -> list[str]:
+    """A sentence where a folder without shards holds no image either: what there is, and which flag reads it."""
+    names, problem = files_below(folder), f"--train_data_dir {folder} holds neither *.tar shards nor images"
+    suffixes = {split_member(name)[1]: name for name in names}
+    if set(suffixes) & {*IMAGE_SUFFIXES}:
+        return []
+    if ".tar" in suffixes:
+        return [f"{problem}; there are shards in {os.path.dirname(suffixes['.tar'])}: name that folder."]
+    if {".parquet", ".arrow"} & suffixes.keys():
+        return [f"{problem}, but tables: --dataset_name {folder} reads them."]
+    if packed := [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))]:
+        return [f"{problem}, but a compressed archive ({packed[0]}): decompress it first."]
+    return [f"{problem}."]
+
+
+def read_metadata(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metadata file. Raises UserError, with the line, where it is cut or damaged."""
+    with open(path, "rb") as file:
+        codec = codec_of(file.read(4))
+    try:
+        if path.suffix == ".parquet":
+            yield from pq.read_table(path).to_pylist()
+        elif path.suffix == ".csv":
+            import pandas
+
+            for record in pandas.read_csv(path, dtype=str, encoding=codec).to_dict("records"):
+                yield {key: value if isinstance(value, str) else None for key, value in record.items()}
+        else:
+            with open(path, encoding=codec) as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        record = json.loads(line) if line.strip() else None
+                    except ValueError as error:
+                        what = f"{path}, line {number}, is no JSON: is the file whole?"
+                        raise UserError(f"{what} ({error})") from None
+                    if isinstance(record, dict):
+                        yield record
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # of pandas, pyarrow and the decoder, too
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+class ImageFolder(Rows):
+    """Images below a folder, with captions from the nearest metadata file, or from a text file beside each image.
+
+    A metadata file has a record for each image: `file_name`, from the file's own folder, and `caption_column`. Text
+    files have the image's name with `caption_extension`, or with .txt or .caption. Nothing in a name makes a split.
+    Raises `UserError` for a metadata file that cannot be used, and `OSError` for a file that has vanished since.
+    """
+
+    def __init__(self, folder: Path, caption_column: str = "text", caption_extension: str | None = None) -> None:
+        super().__init__()
+        self.folder, self.caption_column = folder, caption_column
+        names = files_below(folder)
+        there, images = set(names), [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
+        self.images, captions = len(images), self._read_captions(names, set(images))
+        extensions = [caption_extension] if caption_extension else [".txt", ".caption"]
+        rows, ignored, repeats = [], [], set()
+        for name in images:
+            stem = os.path.splitext(name)[0]
+            beside = next((stem + extension for extension in extensions if stem + extension in there), None)
+            if name in captions:
+                ignored += [beside] if beside else []
+                rows.append((name, None, json.dumps(captions[name])))
+            elif beside:
+                rows.append((name, beside, None))
+                repeats |= {part for part in Path(name).parts[:-1] if re.fullmatch(r"\d+_.+", part)}
+            else:
+                self.leave_out("without a caption", name)
+        for name in names:
+            if split_member(name)[1] in UNREAD_SUFFIXES:
+                self.leave_out("of a kind that Pillow does not read", name)
+            elif split_member(name)[1] == ".tar":
+                self.leave_out("shards in folders below", name)
+        if ignored:
+            self.notes.append(f"{len(ignored):,} text files are not read, {ignored[0]} among them: metadata wins.")
+        if repeats:
+            self.notes.append(f"The repeats in folders' names ({min(repeats)}) are not applied.")
+        if caption_column != "text" and not captions:
+            self.notes.append(f"--caption_column {caption_column} is not read: there is no metadata file.")
+        if images and not rows:
+            wanted = f"a metadata.jsonl with file_name and {caption_column}, or a .txt beside each image, has captions"
+            found = ", ".join(name for name in names if name not in images and name.endswith((".jsonl", ".csv")))
+            columns = f"--caption_column {caption_column} is not there; the columns are image"
+            raise UserError(f"{columns}: {wanted}{found and f'; there is {found}'}. {self.describe_left_out()}")
+        columns = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)] or [pa.array([])] * 3
+        self.table = pa.table(columns, ["image", "text_file", "caption"])
+
+    def _read_captions(self, names: Sequence[str], images: set[str]) -> dict[str, Any]:
+        captions: dict[str, Any] = {}
+        metadata = [name for name in names if os.path.basename(name) in METADATA]
+        for name in sorted(metadata, key=lambda name: name.count(os.sep)):  # the nearest to an image has the last word
+            path = self.folder / name
+            columns: dict[str, None] = {}  # a dict keeps their order
+            for record in read_metadata(path):
+                columns |= dict.fromkeys(record)
+                file_name = str(record.get("file_name"))
+                image = self._image_of(os.path.dirname(name), file_name, images)
+                if image is None:
+                    self.leave_out("captions whose image is not there", f"{name}: {file_name}")
+                elif record.get(self.caption_column) is not None:
+                    captions[image] = record[self.caption_column]
+            for column, flag in (("file_name", ""), (self.caption_column, "--caption_column ")):
+                if columns and column not in columns:
+                    raise UserError(f"{flag}{column} is not there; the columns are {', '.join(columns)}, in {path}.")
+        return captions
+
+    def _image_of(self, place: str, file_name: str, images: set[str]) -> str | None:
+        for name in (file_name, file_name.replace("\\", "/")):  # as Windows writes paths
+            name = os.fsdecode(name.encode("utf-8", "surrogatepass"))
+            path = os.path.normpath(os.path.join(self.folder, place, name))
+            if (found := os.path.relpath(path, self.folder)) in images:
+                return found
+        return None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, text_file, caption = (column[int(index)].as_py() for column in self.table.columns)
+        path = self.folder / name
+        text = decode_text((self.folder / text_file).read_bytes()) if text_file else json.loads(caption)
+        return {"image": {"bytes": path.read_bytes(), "path": str(path)}, "text": text}
+
+    def select(self, indices: Sequence[int]) -> "ImageFolder":
+        """Keep these samples only, in this order."""
+        self.table = self.table.take(pa.array(indices)).combine_chunks()
+        return self
+
+    def fingerprint(self) -> str:
+        """A digest of which samples there are, and of the sizes and times of their files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, text_file, caption in zip(*(column.to_pylist() for column in self.table.columns), strict=True):
+            files = [(self.folder / file).stat() for file in (name, text_file) if file]
+            digest.update(repr((name, caption, [(file.st_size, file.st_mtime_ns) for file in files])).encode())
+        return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1523,15 +1811,8 @@ def check_tools(args: argparse.Namespace) -> None:
         raise UserError(sentence)
     if importlib.util.find_spec("img2dataset") is None:
         raise UserError("img2dataset is not installed (pip install img2dataset)")
-    if args.enable_wandb and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        try:
-            logged_in = wandb.login(verify=True)
-        except Exception as error:  # wandb raises several kinds, requests' own among them
-            raise UserError(f"--enable_wandb: can't log in to wandb: {str(error).splitlines()[0]}") from None
-        if not logged_in:
-            raise UserError("--enable_wandb: not logged in to wandb; run `wandb login`, or set WANDB_MODE=offline")
+    if args.enable_wandb:
+        check_wandb("--enable_wandb")
 
 
 def expected_bytes(rows: int, args: argparse.Namespace) -> int:

@@ -63,6 +63,7 @@ from typing import Any
 import datasets
 import diffusers
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import transformers
@@ -93,7 +94,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 if not Path(__file__).with_name("data.py").is_file():
     print("distill_training.py: error: data.py is not beside it: keep the two scripts in one folder.", file=sys.stderr)
@@ -793,7 +794,8 @@ def prepare_example(
         pixel_values, enlarged = load_pixels(row[columns[0]], transform, seed)
         example = {"pixel_values": pixel_values}
     captions = row[columns[1]] if isinstance(row[columns[1]], (list, tuple)) else [row[columns[1]]]
-    captions = [text for text in captions if isinstance(text, str) and text.strip()]
+    # A mark of what could not be decoded, or a NUL of another encoding, is nothing to learn.
+    captions = [text for text in captions if isinstance(text, str) and text.strip() and not {"\ufffd", "\0"} & {*text}]
     captions = [text.encode("utf-8", "replace").decode() for text in captions]  # half a surrogate pair, from JSON
     if not captions:
         raise UnusableSample(EMPTY_CAPTION)
@@ -979,25 +981,31 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
         path = Path(image.get("path") or "") if image else Path()
         content = (image or {}).get("bytes") or (path.read_bytes() if path.is_file() else b"")
         digest.update(repr((path.name, hashlib.blake2b(content).digest(), caption)).encode())
-    if isinstance(dataset.rows, data.ShardFolder):
+    if isinstance(dataset.rows, data.ShardFolder):  # of all samples
         digest.update(dataset.rows.places[["image_bytes", "caption_bytes"]].tobytes())
     return f"{len(dataset)} samples ({digest.hexdigest()})"
 
 
 def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
-    """The undecoded rows of a dataset or an image folder. Raises `UserError` where they cannot be had."""
-    source: dict[str, Any] = {"split": "train", "cache_dir": args.cache_dir}
+    """The undecoded rows of a dataset. Raises `UserError` where they cannot be had."""
+    source, folder = args.dataset_name, Path(args.dataset_name)
     try:
-        if args.dataset_name is not None:
-            source |= {"path": args.dataset_name, "name": args.dataset_config_name, "streaming": args.streaming}
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # by `save_to_disk`
+            rows = datasets.load_from_disk(source)
+            rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+            rows = rows.to_iterable_dataset() if args.streaming else rows
         else:
-            source |= {"path": "imagefolder", "data_dir": args.train_data_dir}
-        rows = datasets.load_dataset(**source)
+            settings = {"split": "train", "cache_dir": args.cache_dir, "streaming": args.streaming}
+            rows = datasets.load_dataset(source, args.dataset_config_name, **settings)
         if rows.features is None:  # a stream of a format without a schema: its first rows tell
             rows = rows._resolve_features()
     except Exception as error:  # no network, no such dataset, no such split, files of mixed types, ...
-        flag = "train_data_dir" if args.dataset_name is None else "dataset_name"
-        raise UserError(loading_error("read", flag, getattr(args, flag), error)) from error
+        message = loading_error("read", "dataset_name", source, error)
+        if choices := re.search(r"among the available configs: (\[.*?\])", str(error)):
+            message = f"--dataset_name {source} has several configurations: choose one with --dataset_config_name, "
+            message += f"of {choices[1]}."
+        cut = [path.name for path in folder.rglob("*.parquet") if not is_parquet(path)] if folder.is_dir() else []
+        raise UserError(f"{message} ({', '.join(cut)} is damaged or cut)" if cut else message) from error
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in rows.column_names:
             there = ", ".join(rows.column_names)
@@ -1005,6 +1013,11 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
     rows = rows.select_columns([args.image_column, args.caption_column])
     captions, images = rows.features[args.caption_column], rows.features[args.image_column]
     texts = getattr(captions, "feature", captions)  # a list of strings, or a string
+    if getattr(images, "dtype", None) in ("string", "large_string"):
+        value = next((row[args.image_column] for row in rows.take(8) if row[args.image_column]), "")
+        if "://" not in value and (len(value) > 4096 or not Path(value).is_file()):
+            what = f"holds text that names no file here ({value[:40]!r}): images, or paths of theirs, are needed."
+            raise UserError(f"--image_column {args.image_column} {what}")
     if getattr(texts, "dtype", None) not in ("string", "large_string"):
         raise UserError(f"--caption_column {args.caption_column} holds {captions}; text or lists of it are needed.")
     try:
@@ -1013,12 +1026,30 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
         raise UserError(f"--image_column {args.image_column} holds {images}; images are needed.") from error
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether a file is a whole parquet file, by what stands at its end."""
+    with suppress(OSError, ValueError):
+        return bool(pq.read_schema(path))
+    return False
+
+
 def make_train_dataset(
     args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
 ) -> DistillationDataset | StreamingDataset:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
-    if args.train_data_dir is not None and any(Path(args.train_data_dir).glob("*.tar")):
-        rows, columns = data.ShardFolder(Path(args.train_data_dir), args.caption_column), ("image", "text")
+    if args.train_data_dir is not None:
+        folder, columns = Path(args.train_data_dir), ("image", "text")
+        try:
+            if any(not path.is_dir() for path in folder.glob("*.tar")):
+                rows = data.ShardFolder(folder, args.caption_column)
+            elif args.image_column != "image":
+                there = f"the columns are image, {args.caption_column}"
+                raise UserError(f"--image_column {args.image_column} is not there; {there}.")
+            else:
+                rows = data.ImageFolder(folder, args.caption_column, args.caption_extension)
+        except OSError as error:
+            raise UserError(f"--train_data_dir {folder} cannot be read: {error}.") from error
+        report("Training data", dict(zip(itertools.count(1), rows.describe(), strict=False)))
     else:
         with accelerator.main_process_first():  # the others find the first one's cache
             rows, columns = load_rows(args), (args.image_column, args.caption_column)
@@ -1031,7 +1062,8 @@ def make_train_dataset(
         rows = split_dataset_by_node(rows, accelerator.process_index, accelerator.num_processes)
         return StreamingDataset(rows, columns, args.seed, accelerator.process_index, **prepare)
     if len(rows) == 0:
-        raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption.")
+        why = rows.describe_left_out() if isinstance(rows, data.Rows) else ""
+        raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption. {why}".strip())
     if args.max_train_samples is not None and args.max_train_samples < len(rows):
         rows = rows.select(random.Random(args.seed).sample(range(len(rows)), args.max_train_samples))
     return DistillationDataset(rows, columns, args.seed, **prepare)
@@ -1096,9 +1128,8 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Ten
 def describe_latents(dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace) -> dict[str, Any]:
     """All that the latents of these samples follow from, as their manifest says it."""
     rows, fingerprint = dataset.rows, getattr(dataset.rows, "_fingerprint", None)
-    if isinstance(rows, data.ShardFolder):
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in rows.paths]
-        fingerprint = hashlib.blake2b(repr((files, rows.caption_column)).encode() + rows.places.tobytes()).hexdigest()
+    if isinstance(rows, data.Rows):
+        fingerprint = rows.fingerprint()
     settings = {"vae_config": public_config(vae.config), "image_interpolation_mode": args.image_interpolation_mode}
     settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
     return {
@@ -1308,7 +1339,10 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
         message = loading_error("loaded", flag, source, error)
         if "subfolder" in kwargs:
             message = message.replace(f" {source} ", f" {source} ({kwargs['subfolder']}) ", 1)
-        if re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
+        there = {path.name.split(".")[-2] for path in Path(source).glob("*/*.*.safetensors")} - {"safetensors"}
+        if variants := sorted(there if flag == TEACHER and args.variant is None else ()):
+            message += f". Its files are a variant's: say --variant {' or '.join(variants)}"
+        elif re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
             convert = f"diffusers.DiffusionPipeline.from_pretrained('{source}').save_pretrained('converted')"
             message += ". Only safetensors are read; if it has .bin weights and you trust them, convert them once: "
             message += f'python -c "import diffusers; {convert}"'
@@ -1350,6 +1384,23 @@ def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
     if args.resolution % (factor := vae_factor(vae_config)):
         raise UserError(f"--resolution must be a multiple of {factor}, the VAE's factor, got {args.resolution}.")
     return unet_config
+
+
+def check_text_encoder(args: argparse.Namespace, tokenizer: CLIPTokenizer, unet_config: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the text encoder's config fits neither the tokenizer nor the U-Net."""
+    source = args.pretrained_model_name_or_path
+    try:
+        where = {"subfolder": "text_encoder", "revision": args.revision, "cache_dir": args.cache_dir}
+        config = CLIPTextConfig.from_pretrained(source, **where)
+    except Exception as error:
+        raise UserError(loading_error("loaded", TEACHER, source, error)) from error
+    highest, width = max(tokenizer.get_vocab().values()), unet_config.get("cross_attention_dim", 1280)
+    if highest >= config.vocab_size:
+        added = f"its tokenizer has tokens up to number {highest}, its text encoder {config.vocab_size} of them"
+        raise UserError(f"--{TEACHER} {source}: {added}: save the text encoder with the embeddings of added tokens.")
+    if config.hidden_size != width:
+        other = f"its text encoder gives {config.hidden_size} numbers a token, its U-Net attends to {width}"
+        raise UserError(f"--{TEACHER} {source}: {other}: the text encoder is that of another model.")
 
 
 def load_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
@@ -1550,6 +1601,11 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
 def total_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
     """Images per optimiser step, with accumulation and over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
+    """The learning rate after warm-up, with --scale_lr."""
+    return args.learning_rate * (total_batch_size(args, accelerator) if args.scale_lr else 1)
 
 
 def run_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -2045,6 +2101,7 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("train_data_dir", str, None, None, "Folder of *.tar shards, or of images and metadata.", "free"),
         Flag("image_column", str, "image", None, "Column that holds the images.", "free"),
         Flag("caption_column", str, "text", None, "Column that holds a caption or a list of captions.", "free"),
+        Flag("caption_extension", str, None, None, "Of text files beside images; else .txt or .caption.", "free"),
         Flag("max_train_samples", int, None, AT_LEAST_1, "Use no more samples than this.", "free"),
         Flag("resolution", int, 512, AT_LEAST_1, "Side of the training images in pixels."),
         Flag("center_crop", bool, False, None, "Crop in the centre instead of at random."),
@@ -2159,6 +2216,8 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--compile needs a compiler: {missing} is not there; install it or name one in {variable}.")
     if not args.use_ema:
         problems += [f"--{name} needs --use_ema." for name in ("offload_ema", "foreach_ema") if getattr(args, name)]
+    if (extension := args.caption_extension) is not None and not re.fullmatch(r"\.[^./\\]+", extension):
+        problems.append(f"--caption_extension must be a dot and letters, as .txt; got {extension}.")
     known, tracker = [*LOGGER_TYPE_TO_CLASS, "all", "none"], args.report_to
     if tracker not in known:
         problems.append(f"--report_to must be one of {', '.join(known)}; got {tracker}.")
@@ -2199,9 +2258,8 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.train_data_dir or ".")
     if not folder.is_dir():
         problems.append(f"--train_data_dir {folder} is not a folder.")
-    elif args.train_data_dir is not None and not any(folder.glob("*.tar")):
-        if not any(path.suffix.lower() in data.IMAGE_SUFFIXES for path in folder.rglob("*")):
-            problems.append(f"--train_data_dir {folder} holds neither *.tar shards nor images.")
+    elif args.train_data_dir is not None and not any(not path.is_dir() for path in folder.glob("*.tar")):
+        problems += data.why_no_images(folder)
     elif args.train_data_dir is not None and (latents := data.latents_of(folder)):
         holds, settled = f"--train_data_dir {folder} holds latents", ("center_crop", "image_interpolation_mode")
         changed = [name for name in (*settled, "cache_latents") if getattr(args, name) != FLAGS[name].default]
@@ -2273,6 +2331,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # The others wait while the main process downloads, makes images or saves; ten minutes are not enough for that.
         kwargs_handlers=[accelerate_utils.InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
+    launched, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
+    if launched.isdigit() and int(launched) > seen:  # each would take itself for the only one, in one folder
+        alone = "on a machine without GPU set ACCELERATE_USE_CPU=true"
+        raise UserError(f"WORLD_SIZE is {launched}, but accelerate sees {seen} process: {alone}, or unset WORLD_SIZE.")
     if os.environ.get(name, str(flag)) != str(flag):
         logger.warning(f"{name}={os.environ[name]} is ignored: --gradient_accumulation_steps is {flag}.")
     engine = accelerator.distributed_type.value
@@ -2297,6 +2359,31 @@ def make_optimizer(args: argparse.Namespace, unet: nn.Module, learning_rate: flo
         return bitsandbytes.optim.AdamW8bit(unet.parameters(), **settings)
     fused = next(unet.parameters()).device.type in ("cuda", "cpu")
     return torch.optim.AdamW(unet.parameters(), fused=fused, **settings)
+
+
+def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+    """The learning rate's schedule. Raises `UserError` where its library refuses it."""
+    try:
+        return get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps or 1)
+    except ValueError as error:
+        rate = optimizer.defaults["lr"]
+        raise UserError(f"--lr_scheduler {args.lr_scheduler} with a learning rate of {rate}: {error}.") from None
+
+
+def check_libraries(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Raise `UserError` for what only the libraries know: a schedule that they refuse, a tracker without a login."""
+    make_schedule(args, torch.optim.SGD([torch.zeros(1)], peak_learning_rate(args, accelerator)))
+    if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
+        data.check_wandb("--report_to wandb")
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Start --report_to's trackers. Raises `UserError` where one cannot be started."""
+    config = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
+    try:
+        accelerator.init_trackers(args.tracker_project_name, config=config)
+    except Exception as error:  # not logged in, out of reach, ...
+        raise UserError(f"--report_to {args.report_to} cannot be started: {first_line(error)}") from error
 
 
 def make_run(
@@ -2324,9 +2411,9 @@ def make_run(
         unet.enable_gradient_checkpointing()
     # 2. EMA, optimiser and schedule.
     ema_unet = StudentEMA(unet, args.ema_decay, args.offload_ema) if args.use_ema else None
-    learning_rate = args.learning_rate * (total_batch_size(args, accelerator) if args.scale_lr else 1)
-    optimizer, steps = make_optimizer(args, unet, learning_rate), args.max_train_steps
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, steps)
+    learning_rate, steps = peak_learning_rate(args, accelerator), args.max_train_steps
+    optimizer = make_optimizer(args, unet, learning_rate)
+    lr_scheduler = make_schedule(args, optimizer)
     # 3. Feature taps, before the first call of either U-Net; then compile, in place, which leaves names as they are.
     student_tap = teacher_tap = None
     if args.feature_weight > 0:
@@ -2540,8 +2627,10 @@ def main(args: argparse.Namespace) -> None:
     accelerate_utils.set_seed(args.seed)
 
     # 3. What is read before any weights: configs, tokenizer, data; and the repository that is uploaded to.
+    check_libraries(args, accelerator)
     teacher_config = check_teacher(args)
     tokenizer = load_component(CLIPTokenizer, args, subfolder="tokenizer")
+    check_text_encoder(args, tokenizer, teacher_config)
     noise_scheduler = load_noise_scheduler(args)
     dataset = make_train_dataset(args, tokenizer, accelerator)
     repo_id = make_hub_repo(args, accelerator)
@@ -2594,8 +2683,7 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
         if args.report_to != "none":
-            config = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
-            accelerator.init_trackers(args.tracker_project_name, config=config)
+            start_trackers(args, accelerator)
 
         # 7. Train.
         with stop_signals(run.health):

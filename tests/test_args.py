@@ -1,15 +1,18 @@
 """Every flag, and one clear sentence with exit code 2 for every mistake, before anything is written."""
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from helpers import SCRIPT, make_pipeline, run_script, toy_images, write_imagefolder
+from helpers import SCRIPT, data_args, dataset_of, make_pipeline, run_script, toy_images, write_imagefolder
 from torchvision.transforms import InterpolationMode
 
 import distill_training as dt
@@ -547,3 +550,97 @@ def test_image_column_that_is_not_there(refused_run: Callable[..., str], tmp_pat
     data = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
     sentence = refused_run(["--image_column", "picture"], data)
     assert sentence == "--image_column picture is not there; the columns are image, text."
+
+
+def changed_teacher(folder: Path, teacher: Path, part: str, **changes: object) -> list[str]:
+    """Flags that name a copy of the teacher of which one part's config is another."""
+    shutil.copytree(teacher, folder)
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return ["--pretrained_model_name_or_path", str(folder)]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_text_encoder(
+    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flags = changed_teacher(tmp_path_factory.mktemp("t") / "teacher", world["teacher"], "text_encoder", vocab_size=9)
+    assert "its text encoder 9 of them: save the text encoder with the embeddings" in refused_run(flags)
+
+
+def test_a_text_encoder_of_another_width(
+    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flags = changed_teacher(tmp_path_factory.mktemp("t") / "teacher", world["teacher"], "text_encoder", hidden_size=8)
+    assert "its text encoder gives 8 numbers a token, its U-Net attends to" in refused_run(flags)
+
+
+def test_files_of_a_variant_name_the_flag(
+    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("t") / "teacher"
+    shutil.copytree(world["teacher"], folder)
+    for path in list(folder.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert "say --variant fp16" in refused_run(["--pretrained_model_name_or_path", str(folder)])
+
+
+def test_a_schedule_that_its_library_refuses(refused_run: Callable[..., str]) -> None:
+    sentence = refused_run(["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
+    assert sentence.startswith("--lr_scheduler polynomial with a learning rate of 1e-07: ")
+
+
+def refused_script(world: dict[str, str], flags: list[str], output: Path, **environment: str) -> str:
+    """The sentence that the script of its own process ends with."""
+    line = [*command_line(world, flags), "--resolution", "64", "--output_dir", str(output)]
+    done = run_script(*line, **environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not output.exists(), done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_wandb_without_a_login(world: dict[str, str], tmp_path: Path) -> None:
+    home = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online"}
+    sentence = refused_script(world, ["--report_to", "wandb"], tmp_path / "out", ACCELERATE_USE_CPU="true", **home)
+    assert "error: --report_to wandb: " in sentence and "wandb" in sentence.partition("--report_to wandb: ")[2]
+
+
+def test_more_processes_launched_than_seen(world: dict[str, str], tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    line = [*start, *command_line(world, []), "--resolution", "64", "--output_dir", str(tmp_path / "out")]
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "false"}
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | no_gpu, timeout=300)
+    assert done.returncode == 1 and not (tmp_path / "out").exists(), done.stderr
+    assert done.stderr.count("error: WORLD_SIZE is 2, but accelerate sees 1 process: ") >= 1
+
+
+def test_images_as_text_that_names_no_file(refused_run: Callable[..., str], tmp_path: Path) -> None:
+    rows = {"image": ["aGVsbG8=" * 2000], "text": ["a red circle"]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table" / "a.parquet")
+    data = ["--dataset_name", str(tmp_path / "table"), "--cache_dir", str(tmp_path / "cache")]
+    assert refused_run([], data).startswith("--image_column image holds text that names no file here ('aGVsbG8=")
+
+
+def test_a_parquet_file_that_is_cut_is_named(refused_run: Callable[..., str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        datasets.Dataset.from_dict({"image": ["x"], "text": ["a"]}).to_parquet(tmp_path / "table" / f"{name}.parquet")
+    path = tmp_path / "table" / "b.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    data = ["--dataset_name", str(tmp_path / "table"), "--cache_dir", str(tmp_path / "cache")]
+    assert refused_run([], data).endswith("(b.parquet is damaged or cut)")
+
+
+def test_a_configuration_must_be_chosen(refused_run: Callable[..., str], tmp_path: Path) -> None:
+    for name in ("day", "night"):
+        rows = datasets.Dataset.from_dict({"image": ["x"], "text": ["a"]})
+        rows.to_parquet(tmp_path / "table" / name / "train.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("day", "night"))
+    (tmp_path / "table" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    data = ["--dataset_name", str(tmp_path / "table"), "--cache_dir", str(tmp_path / "cache")]
+    sentence = refused_run([], data)
+    assert "choose one with --dataset_config_name, of ['day', 'night']." in sentence
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path, teacher: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": toy_images(1)[0][0], "path": None}], "text": ["a red circle"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    assert dataset_of(data_args(teacher, dataset_name=tmp_path / "saved")).example(0, 0)["caption"] == "a red circle"

@@ -64,7 +64,8 @@ def png(number: int, side: int = SIDE, width: int | None = None) -> bytes:
 def samples(count: int, side: int = SIDE) -> list[dict[str, bytes]]:
     """Images with one to four captions each."""
     captions = [[f"{'abcdefghij'[i % 10]} {word}" for word in "wxyz"[: 1 + i % 4]] for i in range(count)]
-    return [{"png": png(i, side), "json": json.dumps({"text": captions[i]}).encode()} for i in range(count)]
+    records = [{"text": texts, "url": f"http://x.invalid/{i}"} for i, texts in enumerate(captions)]
+    return [{"png": png(i, side), "json": json.dumps(records[i]).encode()} for i in range(count)]
 
 
 def cache_args(teacher: Path, folder: Path, cache: Path, **settings: Any) -> argparse.Namespace:
@@ -361,7 +362,7 @@ def test_a_cache_is_found_by_what_it_is_made_of(tmp_path: Path, teacher: Path, v
         "added": key("added", other),
         "fewer": key("data", max_train_samples=3),
         "other": key("data", max_train_samples=3, seed=4),
-        "caption column": key("data", caption_column="caption"),
+        "caption column": key("data", caption_column="url"),
     }
     assert len({first, *changed.values()}) == 1 + len(changed)
 

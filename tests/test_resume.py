@@ -388,11 +388,11 @@ FREE: dict[str, Any] = {
     "num_train_epochs": 7,
 }
 NOT_COMPARED = {
-    "pretrained_model_name_or_path", "revision", "variant", "student_model_name_or_path", "cache_dir", "dataset_name",
-    "dataset_config_name", "streaming", "train_data_dir", "image_column", "caption_column", "train_batch_size",
-    "max_train_steps", "output_dir", "resume_from_checkpoint", "allow_changed_settings", "push_to_hub", "hub_token",
-    "hub_model_id", "use_8bit_adam", "distill_level", "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir",
-    "compile",
+    "pretrained_model_name_or_path", "revision", "variant", "student_model_name_or_path", "cache_dir",
+    "dataset_name", "dataset_config_name", "streaming", "train_data_dir", "image_column", "caption_column",
+    "caption_extension", "train_batch_size", "max_train_steps", "output_dir", "resume_from_checkpoint",
+    "allow_changed_settings", "push_to_hub", "hub_token", "hub_model_id", "use_8bit_adam", "distill_level",
+    "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir", "compile",
 }  # fmt: skip
 
 
