@@ -194,10 +194,10 @@ def check_wandb(flag: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Images, for both scripts.
 
-IMAGE_SUFFIXES = tuple(  # what Pillow reads and people keep images in
+IMAGE_SUFFIXES = frozenset(  # what Pillow reads and people keep images in
     ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .tga".split()
 )
-UNREAD_SUFFIXES = tuple(".heic .heif .jxl .svg .psd .dng .cr2 .nef .arw .raw".split())  # and what it does not
+UNREAD_SUFFIXES = frozenset(".heic .heif .jxl .svg .psd .dng .cr2 .nef .arw .raw".split())  # and what it does not
 PNG_TEXT_BYTES = 64 * MIB  # workflows of image generators, say: Pillow's own limit is 1 MiB a text
 
 
@@ -337,9 +337,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError, OverflowError, OSError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
-    if not isinstance(manifest, dict) or "shards" not in manifest:
+    shards = manifest.get("shards") if isinstance(manifest, dict) else None
+    if not isinstance(shards, list) or not all(map(is_entry, shards)):
         raise UserError(f"{path} is not one that data.py wrote: without it, training reads every *.tar beside it.")
     return manifest
+
+
+def is_entry(shard: Any) -> bool:
+    """Whether this is an entry of a manifest, from which the places of a shard's samples follow."""
+    if not isinstance(shard, dict) or not isinstance(shard.get("name"), str) or "bytes" not in shard:
+        return False
+    images, captions = (np.shape(shard.get(key)) for key in ("image_bytes", "caption_bytes"))
+    return len(images) == 1 and images == captions
 
 
 def latents_of(folder: Path) -> dict[str, Any] | None:
@@ -355,11 +364,6 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield each member's name, and where its data start and their size. Raises UserError for an empty or cut tar."""
-    with open(path, "rb") as file:
-        start = file.read(6)
-    for magic, kind in COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(f"{path} is compressed ({kind}), so no sample of it can be found: decompress it first.")
     try:
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
@@ -368,6 +372,11 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
             tar.fileobj.seek(tar.offset)
             whole = tar.fileobj.read(512) == bytes(512)  # an archive ends in blocks of zeros
     except (tarfile.TarError, EOFError) as error:
+        with open(path, "rb") as file:
+            start = file.read(6)
+        if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
+            compressed = f"{path} is compressed ({kind}), so no sample of it can be found: decompress it first."
+            raise UserError(compressed) from None
         raise UserError(f"{path} is empty or cut short ({error}): fetch it again or remove it.") from None
     if not whole:
         raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
@@ -421,11 +430,18 @@ def read_npy(content: bytes) -> np.ndarray:
     return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
+MEMBERS = IMAGE_SUFFIXES | {".npy", ".txt", ".json", ".caption"}  # .caption: to say that it is not read
+
 # Where a sample's image and caption lie: 29 bytes for each.
 PLACE = np.dtype(
     [("shard", "u4"), ("image", "i8"), ("image_bytes", "u4")]
     + [("caption", "i8"), ("caption_bytes", "u4"), ("json", "?")]
 )
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The shards that lie in a folder, by name; a folder called like one is none."""
+    return [path for path in sorted(folder.glob("*.tar")) if not path.is_dir()]
 
 
 class Rows(Sequence):
@@ -440,6 +456,7 @@ class Rows(Sequence):
         self.notes: list[str] = []  # what else a user may not expect, in sentences
 
     def leave_out(self, kind: str, name: str) -> None:
+        """Count one of a kind that is not used."""
         count, example = self.left_out.get(kind, (0, name))
         self.left_out[kind] = count + 1, example
 
@@ -468,24 +485,19 @@ class ShardFolder(Rows):
         self.caption_column = caption_column
         manifest = read_manifest(folder)
         self.latents: dict[str, Any] | None = manifest.get("latents") if manifest else None
-        tars = [path for path in sorted(folder.glob("*.tar")) if not path.is_dir()]
         if manifest:
             if not manifest.get("complete", True):
                 what = f"{folder / 'manifest.json'} is of an unfinished download: training on what is there."
                 warnings.warn(what, stacklevel=2)
-            try:
-                self.paths = [folder / shard["name"] for shard in manifest["shards"]]
-                tables = [self._computed(*pair) for pair in zip(self.paths, manifest["shards"], strict=True)]
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                what = f"its shards lack what data.py writes ({error})"
-                raise UserError(f"{folder / 'manifest.json'} is not one that data.py wrote: {what}.") from None
+            self.paths = [folder / shard["name"] for shard in manifest["shards"]]
+            tables = [self._computed(*pair) for pair in zip(self.paths, manifest["shards"], strict=True)]
             self.images = sum(map(len, tables))
-            for path in sorted(set(tars) - set(self.paths)):
+            for path in sorted(set(shards_in(folder)) - set(self.paths)):
                 self.leave_out("shards that manifest.json does not name", path.name)
         else:
             from tqdm import tqdm
 
-            self.paths = tars
+            self.paths = shards_in(folder)
             progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
             tables = [self._walked(path) for path in progress]
         for number, table in enumerate(tables):
@@ -509,7 +521,7 @@ class ShardFolder(Rows):
         keys: set[str] = set()
         for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
             place = self.places[in_json[index]]
-            record = self._record(self._read(place, "caption"))
+            record = self._record(*self._read(place, "caption"))
             if record.keys() & {self.caption_column, "caption"}:
                 return
             keys |= record.keys()
@@ -534,7 +546,7 @@ class ShardFolder(Rows):
             key, suffix = split_member(name)
             if suffix in UNREAD_SUFFIXES:
                 self.leave_out("of a kind that Pillow does not read", f"{path.name}: {name}")
-            if suffix not in (*IMAGE_SUFFIXES, ".txt", ".json", ".npy", ".caption") or "/._" in f"/{name}":
+            if suffix not in MEMBERS or "/._" in f"/{name}":
                 continue  # a Mac's `._` twins are no samples
             if suffix in samples.setdefault(key, {}):
                 raise UserError(f"{path} holds {name} twice: give every sample of a shard a key of its own.")
@@ -548,9 +560,12 @@ class ShardFolder(Rows):
                 raise UserError(f"{path} holds latents, which need their manifest.json: it is not there.")
             if images and captions:
                 rows.append((0, *members[images[0]], *captions[0]))
-            there = " (.caption is not read)" if ".caption" in members else ""
-            for suffix in images[1:] if captions else images:
-                reason = "of a key that has another image" if captions else f"without .txt or .json{there}"
+            if captions:
+                unused, reason = images[1:], "of a key that has another image"
+            else:
+                unread = " (.caption is not read)" if ".caption" in members else ""
+                unused, reason = images, f"without .txt or .json{unread}"
+            for suffix in unused:
                 self.leave_out(reason, f"{path.name}: {key}{suffix}")
             if not images and captions:
                 self.leave_out("captions without an image", f"{path.name}: {key}")
@@ -561,10 +576,12 @@ class ShardFolder(Rows):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = self.places[index]
-        image, caption = self._read(place, "image"), self._read(place, "caption")
+        image, caption = self._read(place, "image", "caption")
         if self.latents is None:
-            text = self._caption(self._record(caption)) if place["json"] else decode_text(caption)
-            return {"image": {"bytes": image}, "text": text}
+            if not place["json"]:
+                return {"image": {"bytes": image}, "text": decode_text(caption)}
+            record = self._record(caption)
+            return {"image": {"bytes": image}, "text": record.get(self.caption_column, record.get("caption"))}
         try:
             record = json.loads(caption)
             latents = read_npy(image) if image else None
@@ -574,15 +591,16 @@ class ShardFolder(Rows):
             raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
         return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
 
-    def _read(self, place: np.void, member: str) -> bytes:
-        # Opened anew for each member: nothing to share with workers and no limit on the number of shards.
-        path, size = self.paths[place["shard"]], int(place[f"{member}_bytes"])
+    def _read(self, place: np.void, *members: str) -> list[bytes]:
+        # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
+        path, contents = self.paths[place["shard"]], []
         with open(path, "rb", buffering=0) as shard:
-            shard.seek(int(place[member]))
-            content = shard.read(size)
-        if len(content) < size:
-            raise OSError(f"{path} is cut short")
-        return content
+            for member in members:
+                shard.seek(int(place[member]))
+                contents.append(shard.read(int(place[f"{member}_bytes"])))
+                if len(contents[-1]) < place[f"{member}_bytes"]:
+                    raise OSError(f"{path} is cut short")
+        return contents
 
     @staticmethod
     def _record(content: bytes) -> dict[str, Any]:
@@ -591,9 +609,6 @@ class ShardFolder(Rows):
         except ValueError:
             return {}
         return record if isinstance(record, dict) else {}
-
-    def _caption(self, record: Mapping[str, Any]) -> Any:
-        return record.get(self.caption_column, record.get("caption"))
 
     def fingerprint(self) -> str:
         """A digest of which samples there are, and of the sizes and times of their files."""
@@ -609,8 +624,8 @@ class ShardFolder(Rows):
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def files_below(folder: Path) -> list[str]:
-    """All files below a folder, by their paths from it, sorted; links are followed. Raises UserError.
+def files_below(folder: Path) -> Iterator[str]:
+    """All files below a folder, by their paths from it; links are followed. Raises UserError.
 
     What begins with a dot or, of folders, with two underscores is left out, as `datasets` leaves it out.
     """
@@ -618,7 +633,6 @@ def files_below(folder: Path) -> list[str]:
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.")
 
-    found: list[str] = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = os.path.join(os.path.realpath(place), "")
         folders[:] = [  # without links to where we come from
@@ -627,16 +641,19 @@ def files_below(folder: Path) -> list[str]:
             if not name.startswith((".", "__"))
             and not here.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))
         ]
-        found += [os.path.relpath(os.path.join(place, name), folder) for name in names if name[0] != "."]
-    return sorted(found)
+        inside = os.path.relpath(place, folder)
+        yield from (os.path.normpath(os.path.join(inside, name)) for name in names if name[0] != ".")
 
 
 def why_no_images(folder: Path) -> list[str]:
     """A sentence where a folder without shards holds no image either: what there is, and which flag reads it."""
-    names, problem = files_below(folder), f"--train_data_dir {folder} holds neither *.tar shards nor images"
+    names, problem = [], f"--train_data_dir {folder} holds neither *.tar shards nor images"
+    for name in files_below(folder):  # no further than the first image
+        if split_member(name)[1] in IMAGE_SUFFIXES:
+            return []
+        names.append(name)
+    names.sort()
     suffixes = {split_member(name)[1]: name for name in names}
-    if set(suffixes) & {*IMAGE_SUFFIXES}:
-        return []
     if ".tar" in suffixes:
         return [f"{problem}; there are shards in {os.path.dirname(suffixes['.tar'])}: name that folder."]
     if {".parquet", ".arrow"} & suffixes.keys():
@@ -685,13 +702,13 @@ class ImageFolder(Rows):
     def __init__(self, folder: Path, caption_column: str = "text", caption_extension: str | None = None) -> None:
         super().__init__()
         self.folder, self.caption_column = folder, caption_column
-        names = files_below(folder)
+        names = sorted(files_below(folder))
         there, images = set(names), [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
         self.images, captions = len(images), self._read_captions(names, set(images))
         extensions = [caption_extension] if caption_extension else [".txt", ".caption"]
         rows, ignored, repeats = [], [], set()
         for name in images:
-            stem = os.path.splitext(name)[0]
+            stem, _ = split_member(name)
             beside = next((stem + extension for extension in extensions if stem + extension in there), None)
             if name in captions:
                 ignored += [beside] if beside else []
@@ -702,9 +719,10 @@ class ImageFolder(Rows):
             else:
                 self.leave_out("without a caption", name)
         for name in names:
-            if split_member(name)[1] in UNREAD_SUFFIXES:
+            _, suffix = split_member(name)
+            if suffix in UNREAD_SUFFIXES:
                 self.leave_out("of a kind that Pillow does not read", name)
-            elif split_member(name)[1] == ".tar":
+            elif suffix == ".tar":
                 self.leave_out("shards in folders below", name)
         if ignored:
             self.notes.append(f"{len(ignored):,} text files are not read, {ignored[0]} among them: metadata wins.")
@@ -742,8 +760,8 @@ class ImageFolder(Rows):
     def _image_of(self, place: str, file_name: str, images: set[str]) -> str | None:
         for name in (file_name, file_name.replace("\\", "/")):  # as Windows writes paths
             name = os.fsdecode(name.encode("utf-8", "surrogatepass"))
-            path = os.path.normpath(os.path.join(self.folder, place, name))
-            if (found := os.path.relpath(path, self.folder)) in images:
+            path = os.path.relpath(name, self.folder) if os.path.isabs(name) else os.path.join(place, name)
+            if (found := os.path.normpath(path)) in images:
                 return found
         return None
 

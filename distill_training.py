@@ -794,8 +794,9 @@ def prepare_example(
         pixel_values, enlarged = load_pixels(row[columns[0]], transform, seed)
         example = {"pixel_values": pixel_values}
     captions = row[columns[1]] if isinstance(row[columns[1]], (list, tuple)) else [row[columns[1]]]
+    captions = [text for text in captions if isinstance(text, str) and text.strip()]
     # A mark of what could not be decoded, or a NUL of another encoding, is nothing to learn.
-    captions = [text for text in captions if isinstance(text, str) and text.strip() and not {"\ufffd", "\0"} & {*text}]
+    captions = [text for text in captions if "\ufffd" not in text and "\0" not in text]
     captions = [text.encode("utf-8", "replace").decode() for text in captions]  # half a surrogate pair, from JSON
     if not captions:
         raise UnusableSample(EMPTY_CAPTION)
@@ -981,7 +982,7 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
         path = Path(image.get("path") or "") if image else Path()
         content = (image or {}).get("bytes") or (path.read_bytes() if path.is_file() else b"")
         digest.update(repr((path.name, hashlib.blake2b(content).digest(), caption)).encode())
-    if isinstance(dataset.rows, data.ShardFolder):  # of all samples
+    if isinstance(dataset.rows, data.ShardFolder):
         digest.update(dataset.rows.places[["image_bytes", "caption_bytes"]].tobytes())
     return f"{len(dataset)} samples ({digest.hexdigest()})"
 
@@ -1015,7 +1016,7 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
     texts = getattr(captions, "feature", captions)  # a list of strings, or a string
     if getattr(images, "dtype", None) in ("string", "large_string"):
         value = next((row[args.image_column] for row in rows.take(8) if row[args.image_column]), "")
-        if "://" not in value and (len(value) > 4096 or not Path(value).is_file()):
+        if "://" not in value and not os.path.isfile(value):  # Path's own raises for a name that is too long
             what = f"holds text that names no file here ({value[:40]!r}): images, or paths of theirs, are needed."
             raise UserError(f"--image_column {args.image_column} {what}")
     if getattr(texts, "dtype", None) not in ("string", "large_string"):
@@ -1040,7 +1041,7 @@ def make_train_dataset(
     if args.train_data_dir is not None:
         folder, columns = Path(args.train_data_dir), ("image", "text")
         try:
-            if any(not path.is_dir() for path in folder.glob("*.tar")):
+            if data.shards_in(folder):
                 rows = data.ShardFolder(folder, args.caption_column)
             elif args.image_column != "image":
                 there = f"the columns are image, {args.caption_column}"
@@ -1049,7 +1050,8 @@ def make_train_dataset(
                 rows = data.ImageFolder(folder, args.caption_column, args.caption_extension)
         except OSError as error:
             raise UserError(f"--train_data_dir {folder} cannot be read: {error}.") from error
-        report("Training data", dict(zip(itertools.count(1), rows.describe(), strict=False)))
+        for sentence in rows.describe():
+            logger.info(f"Training data: {sentence}")
     else:
         with accelerator.main_process_first():  # the others find the first one's cache
             rows, columns = load_rows(args), (args.image_column, args.caption_column)
@@ -1127,9 +1129,8 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Ten
 
 def describe_latents(dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace) -> dict[str, Any]:
     """All that the latents of these samples follow from, as their manifest says it."""
-    rows, fingerprint = dataset.rows, getattr(dataset.rows, "_fingerprint", None)
-    if isinstance(rows, data.Rows):
-        fingerprint = rows.fingerprint()
+    rows = dataset.rows
+    fingerprint = rows.fingerprint() if isinstance(rows, data.Rows) else getattr(rows, "_fingerprint", None)
     settings = {"vae_config": public_config(vae.config), "image_interpolation_mode": args.image_interpolation_mode}
     settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
     return {
@@ -1339,13 +1340,14 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
         message = loading_error("loaded", flag, source, error)
         if "subfolder" in kwargs:
             message = message.replace(f" {source} ", f" {source} ({kwargs['subfolder']}) ", 1)
-        there = {path.name.split(".")[-2] for path in Path(source).glob("*/*.*.safetensors")} - {"safetensors"}
-        if variants := sorted(there if flag == TEACHER and args.variant is None else ()):
-            message += f". Its files are a variant's: say --variant {' or '.join(variants)}"
-        elif re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
-            convert = f"diffusers.DiffusionPipeline.from_pretrained('{source}').save_pretrained('converted')"
-            message += ". Only safetensors are read; if it has .bin weights and you trust them, convert them once: "
-            message += f'python -c "import diffusers; {convert}"'
+        if re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
+            variants = {path.name.split(".")[-2] for path in Path(source).glob("*/*.*.safetensors")}
+            if variants and flag == TEACHER and args.variant is None:
+                message += f". Its files are a variant's: say --variant {' or '.join(sorted(variants))}"
+            else:
+                convert = f"diffusers.DiffusionPipeline.from_pretrained('{source}').save_pretrained('converted')"
+                message += ". Only safetensors are read; if it has .bin weights and you trust them, convert them "
+                message += f'once: python -c "import diffusers; {convert}"'
         raise UserError(message) from error
     if not issubclass(component, nn.Module):
         return loaded
@@ -1388,12 +1390,7 @@ def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_text_encoder(args: argparse.Namespace, tokenizer: CLIPTokenizer, unet_config: Mapping[str, Any]) -> None:
     """Raise `UserError` where the text encoder's config fits neither the tokenizer nor the U-Net."""
-    source = args.pretrained_model_name_or_path
-    try:
-        where = {"subfolder": "text_encoder", "revision": args.revision, "cache_dir": args.cache_dir}
-        config = CLIPTextConfig.from_pretrained(source, **where)
-    except Exception as error:
-        raise UserError(loading_error("loaded", TEACHER, source, error)) from error
+    source, config = args.pretrained_model_name_or_path, load_component(CLIPTextConfig, args, subfolder="text_encoder")
     highest, width = max(tokenizer.get_vocab().values()), unet_config.get("cross_attention_dim", 1280)
     if highest >= config.vocab_size:
         added = f"its tokenizer has tokens up to number {highest}, its text encoder {config.vocab_size} of them"
@@ -2258,7 +2255,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.train_data_dir or ".")
     if not folder.is_dir():
         problems.append(f"--train_data_dir {folder} is not a folder.")
-    elif args.train_data_dir is not None and not any(not path.is_dir() for path in folder.glob("*.tar")):
+    elif args.train_data_dir is not None and not data.shards_in(folder):
         problems += data.why_no_images(folder)
     elif args.train_data_dir is not None and (latents := data.latents_of(folder)):
         holds, settled = f"--train_data_dir {folder} holds latents", ("center_crop", "image_interpolation_mode")

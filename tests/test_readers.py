@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -288,8 +289,7 @@ def test_a_folder_of_something_else_names_the_way(
         data_args(teacher, train_data_dir=folder)
     (problem,) = data.why_no_images(folder)
     assert problem in capsys.readouterr().err
-    with pytest.raises(AssertionError, match=sentence):
-        raise AssertionError(problem)
+    assert re.search(sentence, problem)
 
 
 def test_a_png_with_a_long_text_is_an_image() -> None:
