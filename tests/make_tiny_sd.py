@@ -42,6 +42,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -313,7 +314,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
             parts[:2] = [parts[0] + parts[1]]
     tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     folder.mkdir(parents=True, exist_ok=True)
-    # Both files too, beside the tokenizer.json that transformers 5 writes: transformers 4 reads only them.
+    # As published tokenizers have them; transformers 5 writes tokenizer.json alone, which transformers 4 cannot read.
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
@@ -595,6 +596,7 @@ def main(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    as_published(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"Wrote {folder} ({size / 1e6:.2f} MB) and {shapes} after {time.monotonic() - start:.0f} s.", flush=True)
 
@@ -608,6 +610,22 @@ def main(args: argparse.Namespace) -> None:
             fractions = caption_accuracy(pipeline, chosen, seed)
             print(f"Pipeline, {len(chosen)} {name} triples, seed {seed}: " + report(fractions), flush=True)
     print(f"Done after {time.monotonic() - start:.0f} s.")
+
+
+def as_published(folder: Path) -> None:
+    """Name what transformers 5 saved as published pipelines have it, which transformers 4 wrote: the text encoder's
+    tensors under `text_model.`, the tokenizer in vocab.json and merges.txt (see `build_tokenizer`) alone.
+    """
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    special = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    kept = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": config["model_max_length"]}
+    path.write_text(json.dumps(special | kept, indent=2) + "\n")
+    path.with_name("special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
 
 def repeat(triples: Sequence[Triple], length: int) -> list[Triple]:

@@ -199,6 +199,14 @@ def test_teacher_files_are_small_safetensors_in_the_promised_precision() -> None
     assert dtypes == {"unet": {"F16"}, "vae": {"F16"}, "text_encoder": {"F32"}}
 
 
+def test_teacher_has_the_files_and_names_of_published_ones() -> None:
+    """Made with transformers 4: what is handed on of such a teacher loads there too."""
+    names = {path.name for path in (TINY_SD / "tokenizer").iterdir()}
+    assert names == {"vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"}
+    with safe_open(TINY_SD / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+
+
 def test_teacher_has_the_shape_of_stable_diffusion_1(teacher: StableDiffusionPipeline) -> None:
     unet, vae = teacher.unet.config, teacher.vae.config
     assert list(unet.down_block_types) == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
