@@ -36,6 +36,7 @@ On a CPU, in minutes:
 import argparse
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -90,6 +91,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
@@ -1328,6 +1330,9 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     otherwise goes on with a warning. Weights are read from safetensors only: loading a pickle can run any code.
     """
     source, has_weights = getattr(args, flag), issubclass(component, (nn.Module, DiffusionPipeline))
+    if Path(source).is_file():
+        part = single_file_part(args, **kwargs)
+        return component.from_config(part.config) if component is DDPMScheduler else part
     if flag == TEACHER:
         kwargs |= {"revision": args.revision} | ({"variant": args.variant} if has_weights else {})
     if has_weights:
@@ -1357,9 +1362,43 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     return model
 
 
+@functools.lru_cache(maxsize=1)  # until `load_components` forgets it: every part is asked for by itself
+def open_single_file(path: str, config: str | None, cache_dir: str | None) -> StableDiffusionPipeline:
+    """A pipeline in float32 from one file in the original layout. Raises `UserError` where that fails."""
+    settings = {"config": config, "cache_dir": cache_dir, "dtype": torch.float32}
+    try:
+        pipeline = StableDiffusionPipeline.from_single_file(path, **settings)
+    except Exception as error:
+        hint = "" if config else " (its configs come from the hub, or from --single_file_config FOLDER)"
+        raise UserError(f"--{TEACHER} {path} cannot be loaded: {first_line(error)}{hint}") from error
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in part.state_dict().values()):
+            raise UserError(f"--{TEACHER} {path}: tensors are missing from its {name}.")
+    return pipeline
+
+
+def single_file_part(args: argparse.Namespace, subfolder: str | None = None, **_: Any) -> Any:
+    """A part of a teacher in one file by its name, or all of the pipeline. Raises as `open_single_file` does."""
+    pipeline = open_single_file(args.pretrained_model_name_or_path, args.single_file_config, args.cache_dir)
+    return getattr(pipeline, subfolder) if subfolder else pipeline
+
+
+def teacher_folder(args: argparse.Namespace, local_files_only: bool = False) -> Path | None:
+    """The teacher's folder, or its snapshot from the hub, fetched but for the U-Net; None for a single file."""
+    source = args.pretrained_model_name_or_path
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None
+    snapshot = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "unet": None}
+    snapshot |= {"use_safetensors": True, "local_files_only": local_files_only}
+    return Path(DiffusionPipeline.download(source, **snapshot))
+
+
 def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
     """A component's config alone. Raises `UserError` naming `flag` where it cannot be had."""
     source, revision = getattr(args, flag), args.revision if flag == TEACHER else None
+    if Path(source).is_file():
+        part = single_file_part(args, **kwargs)
+        return {"_class_name": type(part).__name__, **part.config}
     try:
         return component.load_config(source, revision=revision, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:
@@ -1437,6 +1476,11 @@ def load_components(
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # The rest is read too, so that saving it cannot fail after days.
     load_component(StableDiffusionPipeline, args, **dict.fromkeys(models))
+    try:
+        teacher_folder(args)
+    except Exception as error:
+        raise UserError(loading_error("loaded", TEACHER, args.pretrained_model_name_or_path, error)) from error
+    open_single_file.cache_clear()
     return Components(noise_scheduler=scheduler, teacher_unet=teacher_unet, **models)
 
 
@@ -1843,10 +1887,8 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
     `ImagesGivenUp` after a signal to stop.
     """
     args, accelerator = run.args, run.accelerator
-    teacher = {"revision": args.revision, "cache_dir": args.cache_dir, "subfolder": "scheduler"}
-    teacher |= {"local_files_only": True}  # it was read at the start; nothing in the loop waits for the hub
-    teacher |= {"prediction_type": run.noise_scheduler.config.prediction_type}
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(args.pretrained_model_name_or_path, **teacher)
+    config = run.noise_scheduler.config
+    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
     parts = {"vae": run.vae, "text_encoder": run.text_encoder, "tokenizer": run.tokenizer, "scheduler": scheduler}
     parts |= {"unet": accelerator.unwrap_model(unet, keep_torch_compile=False)}
     parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -1944,24 +1986,59 @@ def making_images(run: Distillation) -> Iterator[None]:
             tap.enabled = True
 
 
+WEIGHTS_NAME = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def copy_part(source: Path, target: Path, variant: str | None) -> None:
+    """Copy a part of a pipeline as it is: links are resolved, and weights come from safetensors alone.
+
+    A variant's infix is dropped from the names of files and from the index, so that it is what is loaded.
+    """
+    infix = re.compile(rf"\.{re.escape(variant)}(?=[.-])" if variant else "$")
+    names = {path: infix.sub("", path.name) for path in sorted(source.iterdir()) if path.is_file()}
+    weights = [path for path, name in names.items() if WEIGHTS_NAME.fullmatch(name)]
+    weights = [path for path in weights if path.name != names[path]] or weights
+    texts = [path for path in names if path.suffix in (".json", ".txt") and ".index." not in path.name]
+    target.mkdir(parents=True)
+    for path in (*texts, *weights):
+        shutil.copyfile(path, target / names[path])
+        if ".index." in path.name:
+            (target / names[path]).write_text(infix.sub("", path.read_text()))
+    if left := [path.name for path in names if path not in (*texts, *weights)]:
+        logger.info(f"Not handed on of the teacher's {source.name}: {', '.join(left)}")
+
+
+def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target: Path) -> None:
+    """The teacher's pipeline with another U-Net; all other parts as the teacher has them, but for what a flag says."""
+    if (folder := teacher_folder(args, local_files_only=True)) is None:
+        pipeline = single_file_part(args)
+        pipeline.register_modules(unet=unet)
+        pipeline.save_pretrained(target)
+    else:
+        unet.save_pretrained(target / "unet")
+        index = json.loads((folder / "model_index.json").read_text()) | {"_diffusers_version": diffusers.__version__}
+        for name in [name for name, kind in index.items() if isinstance(kind, list) and name != "unet"]:
+            if index[name][0] and (folder / name).is_dir():
+                copy_part(folder / name, target / name, args.variant)
+            else:
+                index[name] = [None, None]
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    path = target / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(path.read_text())
+    if args.prediction_type not in (None, scheduler.get("prediction_type")):
+        path.write_text(json.dumps(scheduler | {"prediction_type": args.prediction_type}, indent=2) + "\n")
+
+
 def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
-    """Write the whole pipeline in float32, load it back and compare: keys, tensors and one pass of the U-Net.
+    """Write the whole pipeline, its U-Net in float32, load it back and compare: the U-Net's tensors and one pass.
 
     It is written to a hidden folder and moved in place after that, `model_index.json` last. Raises `TrainingError`
     where what was read back differs. For the main process alone.
     """
-    output_dir, single = Path(args.output_dir), {"dtype": torch.float32, "use_safetensors": True}
+    output_dir = Path(args.output_dir)
     unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
-    source = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, **single}
-    pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, unet=unet, **source)
-    if args.prediction_type is not None:
-        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    for model in models.values():
-        for tensor in model.state_dict(keep_vars=True).values():
-            tensor.data = tensor.data.contiguous()
     sample = torch.randn(1, unet.config.in_channels, 8, 8)
-    text = torch.randn(1, 4, pipeline.text_encoder.config.hidden_size)
+    text = torch.randn(1, 4, unet.config.cross_attention_dim)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = unet.eval()(sample, 500, text, return_dict=False)[0]
     if not expected.isfinite().all():
@@ -1969,12 +2046,10 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     partial = output_dir / ".pipeline.partial"
     if partial.exists():
         shutil.rmtree(partial)  # a killed run's
-    pipeline.save_pretrained(partial)
-    loaded = DiffusionPipeline.from_pretrained(partial, **single)
-    for name, model in models.items():
-        saved, read = model.state_dict(), getattr(loaded, name).state_dict()
-        if saved.keys() != read.keys() or any(not torch.equal(saved[key], read[key]) for key in saved):
-            raise TrainingError(f"{output_dir}/{name} does not hold what was saved: is the disk sound?")
+    write_pipeline(args, unet, partial)
+    loaded = DiffusionPipeline.from_pretrained(partial, dtype=torch.float32, use_safetensors=True)
+    if not same_weights(unet, loaded.unet):
+        raise TrainingError(f"{output_dir}/unet does not hold what was saved: is the disk sound?")
     with torch.no_grad():
         found = loaded.unet.eval()(sample, 500, text, return_dict=False)[0]
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):  # rounding depends on where in memory weights lie
@@ -1982,6 +2057,139 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "model_index.json"):
         data.put_in_place(entry, output_dir / entry.name, partial / f"{entry.name}.removed")
     shutil.rmtree(partial)
+
+
+def same_weights(left: nn.Module, right: nn.Module) -> bool:
+    """Whether two models have the same tensors under the same names."""
+    one, other = left.state_dict(), right.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Exports: the pipeline once more in half precision, as other tools read it. Names are diffusers' and the original's.
+
+EXPORTS = ("single_file", "fp16")
+ORIGINAL_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+ORIGINAL_UNET = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
+    "conv_out": "out.2", "conv_in": "input_blocks.0.0", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+ORIGINAL_VAE = {
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm", "to_out.0": "proj_out", "to_": "", "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out", "_blocks": "", "resnets": "block", "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+}  # fmt: skip
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_", "fc1": "c_fc",
+    "fc2": "c_proj", "self_attn.q_proj.": "attn.in_proj_", "self_attn": "attn",
+}  # fmt: skip
+
+
+def renamed(name: str, table: Mapping[str, str]) -> str:
+    """A tensor's name with all of a table's replacements made, in its order."""
+    return functools.reduce(lambda text, row: text.replace(*row), table.items(), name)
+
+
+def original_unet_name(name: str, config: Mapping[str, Any]) -> str:
+    """Name in the original layout, blocks numbered without gaps however many layers they have."""
+    if "resnets" in name:
+        name = renamed(name, ORIGINAL_RESNET)
+    if (match := re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name)) is None:
+        return renamed(name, ORIGINAL_UNET)
+    way, block, kind, layer, rest = match.groups()
+    layers, is_attention = config["layers_per_block"], kind == "attentions"
+    number = (layers + 1) * int(block) + (layers if kind.endswith("samplers") else int(layer))
+    if way == "down":
+        return f"input_blocks.{number + 1}.{int(is_attention)}.{rest.replace('conv.', 'op.')}"
+    attends = config["up_block_types"][int(block)].startswith("CrossAttn")
+    last = 1 + attends if kind == "upsamplers" else int(is_attention)
+    return f"output_blocks.{number}.{last}.{rest}"
+
+
+def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """The weights of U-Net, VAE and text encoder as the original Stable Diffusion code names and shapes them."""
+    unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    names = {name: original_unet_name(name, unet.config) for name in unet.state_dict()}
+    weights = {f"model.diffusion_model.{names[name]}": tensor for name, tensor in unet.state_dict().items()}
+    for name, tensor in vae.state_dict().items():
+        outermost = re.sub(
+            r"up_blocks\.(\d)", lambda match: f"up.{len(vae.decoder.up_blocks) - 1 - int(match[1])}", name
+        )
+        is_projection = re.search(r"attentions\.0\.to_.*weight", name)
+        weights[f"first_stage_model.{renamed(outermost, ORIGINAL_VAE)}"] = (
+            tensor[..., None, None] if is_projection else tensor  # a convolution there
+        )
+    text = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    if encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP, Stable Diffusion 1.x
+        return weights | {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text.items()}
+    for name, tensor in text.items():  # open_clip, Stable Diffusion 2.x
+        if ".q_proj." in name:
+            tensor = torch.cat([text[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+        if ".k_proj." not in name and ".v_proj." not in name:
+            weights[f"cond_stage_model.model.{renamed(name, OPEN_CLIP)}"] = tensor
+    return weights
+
+
+def model_spec(pipeline: StableDiffusionPipeline, title: str) -> dict[str, str]:
+    """What a single file says of itself, by Stability AI's ModelSpec 1.0.0."""
+    velocity, architecture = pipeline.scheduler.config.prediction_type == "v_prediction", "stable-diffusion-v1"
+    if pipeline.text_encoder.config.hidden_act != "quick_gelu":
+        architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    spec = {"sai_model_spec": "1.0.0", "title": title, "architecture": architecture}
+    spec |= {"implementation": "diffusers", "prediction_type": "v" if velocity else "epsilon"}
+    return {"format": "pt"} | {f"modelspec.{name}": value for name, value in spec.items()}
+
+
+def export_problems(folder: Path, kinds: Sequence[str]) -> list[str]:
+    """What --export would have to overwrite."""
+    paths = [folder / f"{folder.resolve().name}.safetensors"] if "single_file" in kinds else []
+    paths += folder.glob("*/*.fp16.*") if "fp16" in kinds else []
+    return [f"--export would overwrite {path}: move it away." for path in paths if os.path.lexists(path)]
+
+
+def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
+    """Make what --export names of a pipeline's folder, load it back and compare, and only then put it in its place.
+
+    Raises `TrainingError` where that fails; the folder is as it was then, and a file that is there is never replaced.
+    """
+    partial, half = folder / ".export.partial", {"dtype": torch.float16, "use_safetensors": True}
+    single = partial / f"{folder.resolve().name}.safetensors"
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # a killed run's
+        pipeline = DiffusionPipeline.from_pretrained(folder, **half)
+        partial.mkdir()
+        loaded = {}
+        if "single_file" in kinds:
+            save_file(original_layout(pipeline), single, metadata=model_spec(pipeline, single.stem))
+            loaded["single_file"] = StableDiffusionPipeline.from_single_file(
+                str(single), config=str(folder), dtype=torch.float16
+            )
+        if "fp16" in kinds:
+            pipeline.save_pretrained(partial, variant="fp16")
+            loaded["fp16"] = DiffusionPipeline.from_pretrained(partial, variant="fp16", **half)
+        for kind, exported in loaded.items():
+            models = {name: part for name, part in exported.components.items() if isinstance(part, nn.Module)}
+            for name, model in models.items():
+                if not same_weights(model, getattr(pipeline, name)):
+                    raise TrainingError(f"{name} of {kind} differs when it is loaded back")
+                if not all(weight.isfinite().all() for weight in model.parameters()):
+                    raise TrainingError(f"{name} has weights that half precision cannot hold")
+        if problems := export_problems(folder, kinds):  # they came in between
+            raise TrainingError(problems[0])
+        for path in [*partial.glob(single.name), *partial.glob("*/*.fp16.*")]:
+            data.put_in_place(path, folder / path.relative_to(partial))
+            logger.info(f"Exported {folder / path.relative_to(partial)}, loaded back and equal")
+    except Exception as error:
+        raise TrainingError(f"--export: {folder} stays as it is: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 MODEL_CARD = """---
@@ -2040,7 +2248,7 @@ def save_model_card(
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
         grid = f"\n![Images of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {'; '.join(prompts)}\n"
-    local = (TEACHER, STUDENT, "train_data_dir", "dataset_name")
+    local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name")
     places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
     shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
     hidden = ("output_dir", "cache_dir", "logging_dir")
@@ -2083,6 +2291,7 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("pretrained_model_name_or_path", str, None, None, "The teacher's pipeline.", "free", required=True),
         Flag("revision", str, None, None, "Revision of the teacher on the hub.", "free"),
         Flag("variant", str, None, None, "Variant of the teacher's files, such as fp16.", "free"),
+        Flag("single_file_config", str, None, None, "Configs, where the teacher is a .safetensors file.", "free"),
         Flag("student_model_name_or_path", str, None, None, "Distilled student to go on from.", "free"),
         Flag("cache_dir", str, None, None, "Where downloaded models and datasets are kept.", "free"),
     ],
@@ -2153,6 +2362,8 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("checkpoints_total_limit", int, None, AT_LEAST_1, "Keep no more checkpoints than this.", "free"),
         Flag("resume_from_checkpoint", str, None, None, "'latest', or a checkpoint's name or path.", "free"),
         Flag("allow_changed_settings", bool, False, None, "Resume with other settings, data or teacher.", "free"),
+        Flag("export", str, None, EXPORTS, "Make these of the result too, see Using the result.", "free", nargs="+"),
+        Flag("export_from", str, None, None, "Export this pipeline's folder; nothing is trained.", "free"),
         Flag("push_to_hub", bool, False, None, "Upload the result to the hub.", "free"),
         Flag("hub_token", str, None, None, "Token for that; better log in with `hf auth login`.", "free"),
         Flag("hub_model_id", str, None, None, "Repository to upload to; default: the name of --output_dir.", "free"),
@@ -2181,6 +2392,9 @@ class RefusedFlag(argparse.Action):
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of a run. Every mistake that the flags alone show is printed, and the exit code is 2."""
     usage = "accelerate launch distill_training.py --pretrained_model_name_or_path MODEL [options]"
+    given = sys.argv[1:] if input_args is None else input_args
+    if any(word.partition("=")[0] == "--export_from" for word in given):
+        return parse_export(given)
     parser = data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage)
     parser.set_defaults(refused=[])
     for name in REFUSED_FLAGS:
@@ -2193,6 +2407,21 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def parse_export(given: Sequence[str]) -> argparse.Namespace:
+    """The two flags of a call that only exports. Ends as `parse_args` does."""
+    usage = "python distill_training.py --export KIND [KIND] --export_from FOLDER"
+    parser = data.make_parser({"export": [FLAGS["export"], FLAGS["export_from"]]}, "Export a saved pipeline.", usage)
+    args, training = parser.parse_known_args(given)
+    folder, kinds = Path(args.export_from), args.export or []
+    problems = [f"--export_from goes with --export alone: leave out {' '.join(training)}."] if training else []
+    problems += [] if kinds else [f"--export_from needs --export {' or '.join(EXPORTS)}."]
+    if not (folder / "model_index.json").is_file():
+        problems.append(f"--export_from {folder} holds no model_index.json: it must be a pipeline's folder.")
+    if problems := problems + export_problems(folder, kinds):
+        parser.error("\n  " + "\n  ".join(problems))
+    return args
+
+
 def validate_args(args: argparse.Namespace) -> list[str]:
     """What is wrong with the settings, one sentence each, without loading or downloading anything."""
     problems = data.bound_problems(FLAGS.values(), args)
@@ -2200,7 +2429,8 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
     for name in (TEACHER, STUDENT):
         problems += model_path_problems(name, getattr(args, name))
-    problems += data_problems(args) + output_problems(args)
+    problems += single_file_problems(args) + data_problems(args)
+    problems += output_problems(args) + export_problems(Path(args.output_dir), args.export or [])
     if args.allow_changed_settings and args.resume_from_checkpoint is None:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -2232,9 +2462,22 @@ def model_path_problems(name: str, source: str | None) -> list[str]:
         if source and name.startswith("pretrained") and not (Path(source) / "model_index.json").is_file():
             return [f"--{name} {source} holds no model_index.json: a folder must hold a whole pipeline."]
         return []
+    if name == TEACHER and Path(source).is_file() and source.endswith(".safetensors"):
+        return []
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return [f"--{name} {source} is neither a folder nor a name on the hub."]
     return []
+
+
+def single_file_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags that a teacher in a single file has, or has not."""
+    configs, single = args.single_file_config, Path(args.pretrained_model_name_or_path).is_file()
+    unused = ("revision", "variant") if single else ("single_file_config",)
+    fits = f"has no meaning where --{TEACHER} is {'a' if single else 'no'} single file: leave it out."
+    problems = [f"--{name} {fits}" for name in unused if getattr(args, name)]
+    if single and configs and not (Path(configs) / "model_index.json").is_file():
+        problems.append(f"--single_file_config {configs} holds no model_index.json: it must be a pipeline's folder.")
+    return problems
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
@@ -2568,6 +2811,8 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
         # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
         licence = {1024: "openrail++"}.get(student.config.cross_attention_dim, "creativeml-openrail-m")
         save_model_card(args, repo_id, images, args.output_dir, facts, licence)
+        if args.export:
+            export_pipeline(output_dir, args.export)
     accelerator.wait_for_everyone()
 
 
@@ -2589,6 +2834,7 @@ def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
         "README.md",
         "val_imgs_grid.png",
         "model_index.json",
+        *([f"{Path(args.output_dir).resolve().name}.safetensors"] if args.export else []),
         *(f"{name}/*" for name in index if name[0] != "_"),
     ]
     upload = {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
@@ -2600,17 +2846,19 @@ def main(args: argparse.Namespace) -> None:
 
     Raises `UserError` and `TrainingError` (see there).
     """
-    output_dir = Path(args.output_dir)
-    # 1. Accelerator and logging.
-    accelerator = make_accelerator(args)
+    # 1. Accelerator and logging; what only exports needs no more.
+    accelerator = Accelerator(cpu=True) if args.export_from else make_accelerator(args)
     line = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
     logging.basicConfig(format=line, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
         library.disable_progress_bar()
+    if args.export_from:
+        return export_pipeline(Path(args.export_from), args.export)
 
     # 2. The checkpoint that is resumed, the seed, and whether the flags are those that it was made with.
+    output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     state = read_trainer_state(checkpoint, args) if checkpoint else RunState()
     if args.seed is None:

@@ -145,6 +145,7 @@ def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, tea
         (output / name).write_text("the user's own")
     flags = [*training_flags(teacher, output), "--train_data_dir", str(shards), "--checkpointing_steps", "1"]
     flags += ["--push_to_hub", "--hub_model_id", "me/small", "--hub_token", "hf_secret", "--validation_prompts", "a"]
+    flags += ["--export", "single_file", "fp16"]
     flags[flags.index("none")] = "tensorboard"
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     try:
@@ -155,10 +156,11 @@ def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, tea
     assert "Bearer hf_secret" in hub.tokens
     parts = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
     kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    single = {"README.md", "val_imgs_grid.png", "model_index.json"}
+    single = {"README.md", "val_imgs_grid.png", "model_index.json", "out.safetensors"}
     assert set(hub.files) == single | {path for path in kept if path.startswith(parts)}
     assert {".env", "photos/a.txt", "args.json", "checkpoint-1/optimizer.bin"} <= kept
     assert not any(str(tmp_path).encode() in data for data in hub.files.values())
     assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(hub.files)
+    assert {"unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"} <= set(hub.files)
     assert hub.files["README.md"].startswith(b"---\n") and b"# me/small" in hub.files["README.md"]
     assert not any(b"hf_secret" in data for data in hub.files.values()) and "hf_secret" not in done.stderr

@@ -392,7 +392,8 @@ NOT_COMPARED = {
     "dataset_name", "dataset_config_name", "streaming", "train_data_dir", "image_column", "caption_column",
     "caption_extension", "train_batch_size", "max_train_steps", "output_dir", "resume_from_checkpoint",
     "allow_changed_settings", "push_to_hub", "hub_token", "hub_model_id", "use_8bit_adam", "distill_level",
-    "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir", "compile",
+    "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir", "compile", "single_file_config", "export",
+    "export_from",
 }  # fmt: skip
 
 
