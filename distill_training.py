@@ -1383,14 +1383,13 @@ def single_file_part(args: argparse.Namespace, subfolder: str | None = None, **_
     return getattr(pipeline, subfolder) if subfolder else pipeline
 
 
-def teacher_folder(args: argparse.Namespace, local_files_only: bool = False) -> Path | None:
-    """The teacher's folder, or its snapshot from the hub, fetched but for the U-Net; None for a single file."""
+def teacher_folder(args: argparse.Namespace) -> Path | None:
+    """The teacher's folder, or its snapshot in the hub's cache, which holds it by now; None for a single file."""
     source = args.pretrained_model_name_or_path
     if Path(source).exists():
         return Path(source) if Path(source).is_dir() else None
     snapshot = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "unet": None}
-    snapshot |= {"use_safetensors": True, "local_files_only": local_files_only}
-    return Path(DiffusionPipeline.download(source, **snapshot))
+    return Path(DiffusionPipeline.download(source, use_safetensors=True, local_files_only=True, **snapshot))
 
 
 def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
@@ -1475,11 +1474,7 @@ def load_components(
     unet, teacher_unet = load_unets(args, teacher_config)
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # The rest is read too, so that saving it cannot fail after days.
-    load_component(StableDiffusionPipeline, args, **dict.fromkeys(models))
-    try:
-        teacher_folder(args)
-    except Exception as error:
-        raise UserError(loading_error("loaded", TEACHER, args.pretrained_model_name_or_path, error)) from error
+    load_component(StableDiffusionPipeline, args, unet=None)
     open_single_file.cache_clear()
     return Components(noise_scheduler=scheduler, teacher_unet=teacher_unet, **models)
 
@@ -2010,7 +2005,7 @@ def copy_part(source: Path, target: Path, variant: str | None) -> None:
 
 def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target: Path) -> None:
     """The teacher's pipeline with another U-Net; all other parts as the teacher has them, but for what a flag says."""
-    if (folder := teacher_folder(args, local_files_only=True)) is None:
+    if (folder := teacher_folder(args)) is None:
         pipeline = single_file_part(args)
         pipeline.register_modules(unet=unet)
         pipeline.save_pretrained(target)
@@ -2038,7 +2033,7 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     output_dir = Path(args.output_dir)
     unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
     sample = torch.randn(1, unet.config.in_channels, 8, 8)
-    text = torch.randn(1, 4, unet.config.cross_attention_dim)
+    text = torch.randn(1, 4, int(np.max(unet.config.cross_attention_dim)))  # it may be a list
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = unet.eval()(sample, 500, text, return_dict=False)[0]
     if not expected.isfinite().all():
@@ -2115,16 +2110,15 @@ def original_unet_name(name: str, config: Mapping[str, Any]) -> str:
 def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """The weights of U-Net, VAE and text encoder as the original Stable Diffusion code names and shapes them."""
     unet, vae, encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    names = {name: original_unet_name(name, unet.config) for name in unet.state_dict()}
-    weights = {f"model.diffusion_model.{names[name]}": tensor for name, tensor in unet.state_dict().items()}
+    weights = {}
+    for name, tensor in unet.state_dict().items():
+        weights[f"model.diffusion_model.{original_unet_name(name, unet.config)}"] = tensor
+    last = len(vae.decoder.up_blocks) - 1
+    vae_names = {f"up_blocks.{i}": f"up.{last - i}" for i in range(last + 1)} | ORIGINAL_VAE  # outermost first there
     for name, tensor in vae.state_dict().items():
-        outermost = re.sub(
-            r"up_blocks\.(\d)", lambda match: f"up.{len(vae.decoder.up_blocks) - 1 - int(match[1])}", name
-        )
-        is_projection = re.search(r"attentions\.0\.to_.*weight", name)
-        weights[f"first_stage_model.{renamed(outermost, ORIGINAL_VAE)}"] = (
-            tensor[..., None, None] if is_projection else tensor  # a convolution there
-        )
+        if re.search(r"attentions\.0\.to_.*weight", name):
+            tensor = tensor[..., None, None]  # a convolution there
+        weights[f"first_stage_model.{renamed(name, vae_names)}"] = tensor
     text = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
     if encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP, Stable Diffusion 1.x
         return weights | {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in text.items()}
@@ -2416,7 +2410,7 @@ def parse_export(given: Sequence[str]) -> argparse.Namespace:
     problems = [f"--export_from goes with --export alone: leave out {' '.join(training)}."] if training else []
     problems += [] if kinds else [f"--export_from needs --export {' or '.join(EXPORTS)}."]
     if not (folder / "model_index.json").is_file():
-        problems.append(f"--export_from {folder} holds no model_index.json: it must be a pipeline's folder.")
+        problems.append(f"--export_from {folder} holds no model_index.json: a folder must hold a whole pipeline.")
     if problems := problems + export_problems(folder, kinds):
         parser.error("\n  " + "\n  ".join(problems))
     return args
@@ -2429,8 +2423,13 @@ def validate_args(args: argparse.Namespace) -> list[str]:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
     for name in (TEACHER, STUDENT):
         problems += model_path_problems(name, getattr(args, name))
-    problems += single_file_problems(args) + data_problems(args)
-    problems += output_problems(args) + export_problems(Path(args.output_dir), args.export or [])
+    single = Path(args.pretrained_model_name_or_path).is_file()
+    fits = f"has no meaning where --{TEACHER} is {'a' if single else 'no'} single file: leave it out."
+    unused = ("revision", "variant") if single else ("single_file_config",)
+    problems += [f"--{name} {fits}" for name in unused if getattr(args, name)]
+    if args.single_file_config and single:
+        problems += model_path_problems("single_file_config", args.single_file_config)
+    problems += data_problems(args) + output_problems(args) + export_problems(Path(args.output_dir), args.export or [])
     if args.allow_changed_settings and args.resume_from_checkpoint is None:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -2459,7 +2458,7 @@ def validate_args(args: argparse.Namespace) -> list[str]:
 def model_path_problems(name: str, source: str | None) -> list[str]:
     """What is wrong with a model's name or path, so far as can be told without the hub."""
     if source is None or Path(source).is_dir():
-        if source and name.startswith("pretrained") and not (Path(source) / "model_index.json").is_file():
+        if source and name != STUDENT and not (Path(source) / "model_index.json").is_file():
             return [f"--{name} {source} holds no model_index.json: a folder must hold a whole pipeline."]
         return []
     if name == TEACHER and Path(source).is_file() and source.endswith(".safetensors"):
@@ -2467,17 +2466,6 @@ def model_path_problems(name: str, source: str | None) -> list[str]:
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return [f"--{name} {source} is neither a folder nor a name on the hub."]
     return []
-
-
-def single_file_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the flags that a teacher in a single file has, or has not."""
-    configs, single = args.single_file_config, Path(args.pretrained_model_name_or_path).is_file()
-    unused = ("revision", "variant") if single else ("single_file_config",)
-    fits = f"has no meaning where --{TEACHER} is {'a' if single else 'no'} single file: leave it out."
-    problems = [f"--{name} {fits}" for name in unused if getattr(args, name)]
-    if single and configs and not (Path(configs) / "model_index.json").is_file():
-        problems.append(f"--single_file_config {configs} holds no model_index.json: it must be a pipeline's folder.")
-    return problems
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
@@ -2801,7 +2789,7 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
             run.ema_unet.copy_to(student.parameters())
         try:
             save_pipeline(args, student)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             if isinstance(error, TrainingError):
                 raise
             cannot = f"The pipeline cannot be saved in {output_dir} ({first_line(error)})"

@@ -4,13 +4,23 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import ROOT, assert_equal, flags, make_pipeline, run_script, same_tensors, train, unet_weights
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -111,8 +121,9 @@ for name in ("unet", "vae", "text_encoder"):
     one, other = (part.half().state_dict() for part in (getattr(pipeline, name), getattr(single, name)))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
 half = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], variant="fp16", torch_dtype=torch.float16)
-wanted = pipeline.unet.half().state_dict()
-assert all(torch.equal(tensor, wanted[key]) for key, tensor in half.unet.state_dict().items())
+for name in ("unet", "vae", "text_encoder"):
+    one, other = (getattr(each, name).state_dict() for each in (single, half))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
 """
 
 
@@ -335,6 +346,80 @@ def test_a_failed_export_ends_with_1_and_the_folder_stays(tmp_path: Path, shards
     assert done.stderr.splitlines()[-1].endswith(error)
     assert (output / "README.md").is_file() and not (output / ".export.partial").exists() and not exports_in(output)
     DiffusionPipeline.from_pretrained(output)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Other tools: the README's table says what is found here.
+
+
+@pytest.fixture
+def pipeline(results: dict[tuple[str, str], Path], level: str) -> StableDiffusionPipeline:
+    loaded = DiffusionPipeline.from_pretrained(results[level, "1"])
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def control(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> None:
+    """Two steps with a new ControlNet of this U-Net."""
+    parts = {"controlnet": ControlNetModel.from_unet(unet), "requires_safety_checker": False}
+    controlled = StableDiffusionControlNetPipeline(**pipeline.components, **parts)
+    controlled.set_progress_bar_config(disable=True)
+    controlled("a red circle", image=torch.zeros(1, 3, 64, 64), num_inference_steps=2)
+
+
+@pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
+def test_tools_controlnet(pipeline: StableDiffusionPipeline, level: str) -> None:
+    with nullcontext() if level == "sd_small" else pytest.raises(ValueError, match="unknown mid_block_type"):
+        control(pipeline, pipeline.unet)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        control(pipeline, UNet2DConditionModel.from_pretrained(TINY_SD / "unet"))  # as published ones are
+
+
+@pytest.mark.parametrize(("level", "fit"), [("sd_small", 160), ("bk_small", 144), ("sd_tiny", None)])
+def test_tools_lora_of_the_teacher(
+    pipeline: StableDiffusionPipeline, level: str, fit: int | None, tmp_path: Path
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(TINY_SD / "unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    assert len(layers) == 256
+    with nullcontext() if fit else pytest.raises(RuntimeError, match="size mismatch"):
+        pipeline.load_lora_weights(tmp_path)
+        assert sum("lora_" in name for name in pipeline.unet.state_dict()) == fit
+
+
+class Prediction(nn.Module):
+    """A U-Net that returns a tensor."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.unet(sample, timestep, text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
+def test_tools_onnx(pipeline: StableDiffusionPipeline, level: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs pip install onnx onnxscript onnxruntime")
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 16, 64))
+    torch.onnx.export(Prediction(pipeline.unet).eval(), inputs, tmp_path / "unet.onnx", dynamo=True)
+    session = runtime.InferenceSession(tmp_path / "unet.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    (found,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    with torch.no_grad():
+        wanted = Prediction(pipeline.unet)(*inputs)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
+def test_tools_deepcache(pipeline: StableDiffusionPipeline, level: str) -> None:
+    helper = pytest.importorskip("DeepCache", reason="needs pip install DeepCache").DeepCacheSDHelper(pipe=pipeline)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    with nullcontext() if level == "sd_small" else pytest.raises(AttributeError):
+        helper.enable()
+        pipeline("a red circle", num_inference_steps=6)
 
 
 # ----------------------------------------------------------------------------------------------------------------
