@@ -2282,7 +2282,7 @@ SEEDS = data.Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 FLAG_GROUPS: dict[str, list[Flag]] = {
     "models": [
-        Flag("pretrained_model_name_or_path", str, None, None, "The teacher's pipeline.", "free", required=True),
+        Flag("pretrained_model_name_or_path", str, None, None, "Teacher: name, folder, file.", "free", required=True),
         Flag("revision", str, None, None, "Revision of the teacher on the hub.", "free"),
         Flag("variant", str, None, None, "Variant of the teacher's files, such as fp16.", "free"),
         Flag("single_file_config", str, None, None, "Configs, where the teacher is a .safetensors file.", "free"),

@@ -452,7 +452,7 @@ def test_a_single_file_trains_as_its_folder_does(tmp_path: Path, single: Path, s
             assert same_tensors(part, getattr(folder, name)), name
     assert file.scheduler.config.prediction_type == "epsilon"
     card = (tmp_path / "file" / "README.md").read_text()
-    assert "**realistic.safetensors**" in card and str(single.parent) not in card
+    assert "**realistic.safetensors**" in card and str(single.parent) not in card and str(TINY_SD) not in card
 
 
 def refused(*line: object, **environment: str) -> str:
