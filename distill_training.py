@@ -1332,7 +1332,9 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     source, has_weights = getattr(args, flag), issubclass(component, (nn.Module, DiffusionPipeline))
     if Path(source).is_file():
         part = single_file_part(args, **kwargs)
-        return component.from_config(part.config) if component is DDPMScheduler else part
+        if component is DDPMScheduler:
+            return component.from_config(part.config)
+        return part.config if component is CLIPTextConfig else part
     if flag == TEACHER:
         kwargs |= {"revision": args.revision} | ({"variant": args.variant} if has_weights else {})
     if has_weights:
@@ -1383,13 +1385,24 @@ def single_file_part(args: argparse.Namespace, subfolder: str | None = None, **_
     return getattr(pipeline, subfolder) if subfolder else pipeline
 
 
-def teacher_folder(args: argparse.Namespace) -> Path | None:
-    """The teacher's folder, or its snapshot in the hub's cache, which holds it by now; None for a single file."""
+def teacher_folder(args: argparse.Namespace, local_files_only: bool) -> Path | None:
+    """The teacher's folder, or its snapshot from the hub; None for a single file. Raises `UserError`."""
     source = args.pretrained_model_name_or_path
     if Path(source).exists():
         return Path(source) if Path(source).is_dir() else None
-    snapshot = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "unet": None}
-    return Path(DiffusionPipeline.download(source, use_safetensors=True, local_files_only=True, **snapshot))
+    wanted = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "unet": None}
+    wanted |= {"use_safetensors": True, "local_files_only": local_files_only}
+    try:
+        return Path(DiffusionPipeline.download(source, **wanted))
+    except Exception as error:
+        raise UserError(loading_error("loaded", TEACHER, source, error)) from error
+
+
+def absent_parts(args: argparse.Namespace) -> list[str]:
+    """Parts that the teacher's index names and its folder lacks, such as a safety checker that nobody fetched."""
+    folder, index = teacher_folder(args, local_files_only=False), load_config(DiffusionPipeline, args)
+    parts = [name for name, kind in index.items() if isinstance(kind, (list, tuple)) and kind[0]]
+    return [name for name in parts if folder and not (folder / name).is_dir()]
 
 
 def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
@@ -1474,7 +1487,9 @@ def load_components(
     unet, teacher_unet = load_unets(args, teacher_config)
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # The rest is read too, so that saving it cannot fail after days.
-    load_component(StableDiffusionPipeline, args, unet=None)
+    for name in (absent := absent_parts(args)):
+        logger.warning(f"The teacher's {name} is named in its model_index.json and not there: it is left out.")
+    load_component(StableDiffusionPipeline, args, unet=None, **dict.fromkeys(absent))
     open_single_file.cache_clear()
     return Components(noise_scheduler=scheduler, teacher_unet=teacher_unet, **models)
 
@@ -2005,7 +2020,7 @@ def copy_part(source: Path, target: Path, variant: str | None) -> None:
 
 def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target: Path) -> None:
     """The teacher's pipeline with another U-Net; all other parts as the teacher has them, but for what a flag says."""
-    if (folder := teacher_folder(args)) is None:
+    if (folder := teacher_folder(args, local_files_only=True)) is None:
         pipeline = single_file_part(args)
         pipeline.register_modules(unet=unet)
         pipeline.save_pretrained(target)
@@ -2017,6 +2032,8 @@ def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target:
                 copy_part(folder / name, target / name, args.variant)
             else:
                 index[name] = [None, None]
+        if not index.get("safety_checker", [None])[0]:
+            index["requires_safety_checker"] = False
         (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     path = target / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(path.read_text())
@@ -2461,8 +2478,9 @@ def model_path_problems(name: str, source: str | None) -> list[str]:
         if source and name != STUDENT and not (Path(source) / "model_index.json").is_file():
             return [f"--{name} {source} holds no model_index.json: a folder must hold a whole pipeline."]
         return []
-    if name == TEACHER and Path(source).is_file() and source.endswith(".safetensors"):
-        return []
+    if name == TEACHER and Path(source).is_file():
+        only = f"--{name} {source}: of single files only .safetensors are read: loading a pickle can run any code."
+        return [] if source.endswith(".safetensors") else [only]
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return [f"--{name} {source} is neither a folder nor a name on the hub."]
     return []

@@ -109,6 +109,25 @@ def test_a_flag_changes_the_scheduler_alone(tmp_path: Path, shards: Path) -> Non
     assert found == wanted
 
 
+def test_a_safety_checker_that_is_not_there_is_left_out_with_a_word(tmp_path: Path, shards: Path) -> None:
+    teacher, output = tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(TINY_SD, teacher)
+    path = teacher / "model_index.json"
+    index = json.loads(path.read_text())
+    absent = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    path.write_text(json.dumps(index | absent | {"requires_safety_checker": True}))
+    done = run_script(*flags(teacher, shards, output, max_train_steps=1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in absent:
+        assert f"The teacher's {name} is named in its model_index.json and not there: it is left out." in done.stderr
+    saved = json.loads((output / "model_index.json").read_text())
+    assert saved == index | dict.fromkeys(absent, [None, None]) | {"requires_safety_checker": False}
+    assert DiffusionPipeline.from_pretrained(output).safety_checker is None
+
+
 OLD = """
 import sys, diffusers, torch, transformers
 print("diffusers", diffusers.__version__, "transformers", transformers.__version__, "torch", torch.__version__)
@@ -486,7 +505,7 @@ def test_a_single_file_that_lacks_the_rest(tmp_path: Path, shards: Path) -> None
             {"pretrained_model_name_or_path": TINY_SD, "single_file_config": TINY_SD},
             "--single_file_config has no meaning where --pretrained_model_name_or_path is no single file",
         ),
-        ({"pretrained_model_name_or_path": "{root}/a.ckpt"}, "a.ckpt is neither a folder nor a name on the hub"),
+        ({"pretrained_model_name_or_path": "{root}/a.ckpt"}, "a.ckpt: of single files only .safetensors are read"),
     ],
 )
 def test_flags_that_do_not_fit_a_single_file(

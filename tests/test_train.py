@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,6 +292,37 @@ def test_the_warning_of_the_other_accumulation_is_shown(
     run = launcher.start(line, tmp_path / "log", ranks=2, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2)
     assert run.wait() == [0, 0], run.log() + run.log(1)
     assert (run.log() + run.log(1)).count("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=2 is ignored") == 1
+
+
+def test_two_nodes_train_as_two_processes_of_one_do(
+    tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher
+) -> None:
+    """One torchrun for each of two machines, as the README has it, with its second command on 127.0.0.1 too."""
+    settings = {"max_train_steps": 2, "distill_level": "sd_tiny", "validation_prompts": ["a red circle"]}
+    run = launcher.start(flags(teacher, shards, tmp_path / "one", **settings), tmp_path / "log", ranks=2)
+    assert run.wait() == [0, 0], run.log() + run.log(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    start += ["--master_addr", "127.0.0.1", "--master_port", port]
+    line = [str(SCRIPT), *flags(teacher, shards, tmp_path / "two", **settings)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"node-{rank}" for rank in range(2)]
+    nodes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            node = [*start, "--node_rank", str(rank), *line]
+            nodes.append(subprocess.Popen(node, env=environment, stdout=file, stderr=file))
+    try:
+        codes = [node.wait(240) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    first, second = (log.read_text() for log in logs)
+    assert codes == [0, 0], first[-3000:] + second[-3000:]
+    assert "***** Running training *****" in first and "***** Running training *****" not in second
+    assert_equal(*(unet_weights(tmp_path / name / "unet") for name in ("one", "two")))
 
 
 def test_accumulated_terms_are_the_mean_of_the_micro_batches(
