@@ -735,7 +735,10 @@ class ImageFolder(Rows):
             found = ", ".join(name for name in names if name not in images and name.endswith((".jsonl", ".csv")))
             columns = f"--caption_column {caption_column} is not there; the columns are image"
             raise UserError(f"{columns}: {wanted}{found and f'; there is {found}'}. {self.describe_left_out()}")
-        columns = [pa.array(column, pa.large_string()) for column in zip(*rows, strict=True)] or [pa.array([])] * 3
+        # Names as the system's bytes: in a locale of ASCII they hold what is no text.
+        files = [[name and os.fsencode(name) for name in row[:2]] for row in rows]
+        columns = [pa.array(column, pa.large_binary()) for column in (zip(*files, strict=True) if rows else ([], []))]
+        columns.append(pa.array([caption for *_, caption in rows], pa.large_string()))
         self.table = pa.table(columns, ["image", "text_file", "caption"])
 
     def _read_captions(self, names: Sequence[str], images: set[str]) -> dict[str, Any]:
@@ -770,8 +773,8 @@ class ImageFolder(Rows):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, text_file, caption = (column[int(index)].as_py() for column in self.table.columns)
-        path = self.folder / name
-        text = decode_text((self.folder / text_file).read_bytes()) if text_file else json.loads(caption)
+        path = self.folder / os.fsdecode(name)
+        text = decode_text((self.folder / os.fsdecode(text_file)).read_bytes()) if text_file else json.loads(caption)
         return {"image": {"bytes": path.read_bytes(), "path": str(path)}, "text": text}
 
     def select(self, indices: Sequence[int]) -> "ImageFolder":
@@ -783,7 +786,7 @@ class ImageFolder(Rows):
         """A digest of which samples there are, and of the sizes and times of their files."""
         digest = hashlib.blake2b(digest_size=16)
         for name, text_file, caption in zip(*(column.to_pylist() for column in self.table.columns), strict=True):
-            files = [(self.folder / file).stat() for file in (name, text_file) if file]
+            files = [(self.folder / os.fsdecode(file)).stat() for file in (name, text_file) if file]
             digest.update(repr((name, caption, [(file.st_size, file.st_mtime_ns) for file in files])).encode())
         return digest.hexdigest()
 

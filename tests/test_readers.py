@@ -5,13 +5,15 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import data_args, dataset_of
+from helpers import ROOT, data_args, dataset_of
 from PIL import Image
 
 import data
@@ -309,3 +311,16 @@ def test_an_image_folder_is_known_by_its_files(tmp_path: Path) -> None:
     prints.add(data.ImageFolder(folder).fingerprint())
     prints.add(data.ImageFolder(folder).select([1]).fingerprint())
     assert len(prints) == 3 and pairs_of(data.ImageFolder(folder).select([1])) == PAIRS[1:]
+
+
+def test_names_beyond_ascii_in_a_locale_of_ascii(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "дата", {"é.jpg": RED, "é.txt": "a red circle", "猫/b.jpg": BLUE})
+    (folder / "猫" / "metadata.jsonl").write_text(jsonl(**{"b.jpg": "a blue circle"}))
+    code = "import sys, data; from pathlib import Path; rows = data.ImageFolder(Path(sys.argv[1]))\n"
+    code += "print(sorted(row['text'] for row in rows), rows.fingerprint(), rows.describe())"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-c", code, folder]
+    done = subprocess.run(line, env=os.environ | plain, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("['a blue circle', 'a red circle'] ")
+    assert data.ImageFolder(folder).fingerprint() in done.stdout

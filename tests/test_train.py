@@ -725,11 +725,12 @@ def test_the_script_alone_says_what_it_lacks(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1 and "error: data.py is not beside it" in done.stderr
 
 
-def test_a_teacher_that_lacks_a_part_is_refused_before_training(tmp_path: Path, shards: Path) -> None:
+def test_a_teacher_of_which_a_part_is_damaged_is_refused_before_training(tmp_path: Path, shards: Path) -> None:
     teacher = make_pipeline(tmp_path / "teacher")
     index = json.loads((teacher / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (teacher / "model_index.json").write_text(json.dumps(index))
+    (teacher / "feature_extractor").mkdir()  # without a file: were there no folder, the part would be left out
     with pytest.raises(dt.UserError, match="--pretrained_model_name_or_path .* cannot be loaded"):
         train(teacher, shards, tmp_path / "out", max_train_steps=1)
     assert not (tmp_path / "out").exists()
