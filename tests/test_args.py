@@ -164,7 +164,7 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
     "model a file": (
         ["--pretrained_model_name_or_path", "{root}/file"],
         DATA,
-        "--pretrained_model_name_or_path {root}/file: of single files only .safetensors are read: loading a pickle can",
+        "--pretrained_model_name_or_path {root}/file: of single files only .safetensors are read",
     ),
     "model of one part": (
         ["--pretrained_model_name_or_path", "{root}/notes"],
