@@ -195,7 +195,8 @@ def check_wandb(flag: str) -> None:
 # Images, for both scripts.
 
 IMAGE_SUFFIXES = frozenset(  # what Pillow reads and people keep images in
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .tga".split()
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga"
+    " .ico .pcx .dds .sgi .qoi".split()
 )
 UNREAD_SUFFIXES = frozenset(".heic .heif .jxl .svg .psd .dng .cr2 .nef .arw .raw".split())  # and what it does not
 PNG_TEXT_BYTES = 64 * MIB  # workflows of image generators, say: Pillow's own limit is 1 MiB a text
@@ -335,17 +336,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(), object_hook=compact)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, OverflowError, OSError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
-    shards = manifest.get("shards") if isinstance(manifest, dict) else None
-    if not isinstance(shards, list) or not all(map(is_entry, shards)):
+    shards, latents = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("shards", "latents"))
+    facts = {"vae", "scaling_factor", "resolution", "variants"}
+    known = latents is None or (isinstance(latents, dict) and facts <= latents.keys())
+    if not isinstance(shards, list) or not all(map(is_entry, shards)) or not known:
         raise UserError(f"{path} is not one that data.py wrote: without it, training reads every *.tar beside it.")
     return manifest
 
 
 def is_entry(shard: Any) -> bool:
     """Whether this is an entry of a manifest, from which the places of a shard's samples follow."""
-    if not isinstance(shard, dict) or not isinstance(shard.get("name"), str) or "bytes" not in shard:
+    types = {"name": str, "bytes": int, "sha256": str, "count": int}
+    if not isinstance(shard, dict) or not all(isinstance(shard.get(key), kind) for key, kind in types.items()):
         return False
     images, captions = (np.shape(shard.get(key)) for key in ("image_bytes", "caption_bytes"))
     return len(images) == 1 and images == captions
@@ -363,14 +367,21 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 
 
 def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield each member's name, and where its data start and their size. Raises UserError for an empty or cut tar."""
+    """Yield each file's name, and where its data start and their size.
+
+    Raises UserError for a tar that is empty, cut, or goes on after its end.
+    """
     try:
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep a kilobyte for every member
-                yield member.name, member.offset_data, member.size
+                if not member.isdir():
+                    yield member.name, member.offset_data, member.size
             tar.fileobj.seek(tar.offset)
-            whole = tar.fileobj.read(512) == bytes(512)  # an archive ends in blocks of zeros
+            rest = iter(functools.partial(tar.fileobj.read, MIB), b"")
+            whole = next(rest, b"").startswith(bytes(512))  # an archive ends in blocks of zeros
+            tar.fileobj.seek(tar.offset)
+            goes_on = any(block.strip(b"\0") for block in rest)
     except (tarfile.TarError, EOFError) as error:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -380,6 +391,10 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
         raise UserError(f"{path} is empty or cut short ({error}): fetch it again or remove it.") from None
     if not whole:
         raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
+    if goes_on:  # what comes there is seen by no reader of tars
+        raise UserError(
+            f"{path} goes on after its end (two tars joined, or damaged): make one tar of it, or two files."
+        )
 
 
 def split_member(name: str) -> tuple[str, str]:
@@ -395,9 +410,9 @@ def codec_of(start: bytes) -> str:
 
 
 def decode_text(content: bytes) -> str | None:
-    """A text file's content without its mark; None where it cannot be decoded."""
+    """A text file's content without its marks; None where it cannot be decoded."""
     try:
-        return content.decode(codec_of(content))
+        return content.decode(codec_of(content)).lstrip("\ufeff")
     except UnicodeDecodeError:
         return None
 
@@ -440,8 +455,9 @@ PLACE = np.dtype(
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The shards that lie in a folder, by name; a folder called like one is none."""
-    return [path for path in sorted(folder.glob("*.tar")) if not path.is_dir()]
+    """The shards that lie in a folder, by name; a folder called like one is none, nor is a hidden file."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.suffix.lower() == ".tar" and path.name[0] != "." and not path.is_dir()]
 
 
 class Rows(Sequence):
@@ -483,6 +499,7 @@ class ShardFolder(Rows):
     def __init__(self, folder: Path, caption_column: str = "text") -> None:
         super().__init__()
         self.caption_column = caption_column
+        self._entries = ("text", "caption") if caption_column == "text" else (caption_column,)  # of .json files
         manifest = read_manifest(folder)
         self.latents: dict[str, Any] | None = manifest.get("latents") if manifest else None
         if manifest:
@@ -503,12 +520,17 @@ class ShardFolder(Rows):
         for number, table in enumerate(tables):
             table["shard"] = number
         self.places = np.concatenate([np.zeros(0, PLACE), *tables])
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        for name in sorted(files_below(folder)):
+            _, suffix = split_member(name)
+            if suffix in IMAGE_SUFFIXES:
                 self.images += 1
-                self.leave_out("images beside the shards", path.name)
-            elif path.suffix == ".tar" and path.is_dir():
-                self.leave_out("folders called like shards", path.name)
+                self.leave_out("images beside the shards", name)
+            elif suffix == ".tar" and os.path.dirname(name):
+                self.leave_out("shards in folders below", name)
+            elif name.lower().endswith(PACKED):
+                self.leave_out("compressed archives", name)
+        for path in sorted(folder.glob("*.tar/")):
+            self.leave_out("folders called like shards", path.name)
         self._look_for_captions()
 
     def _look_for_captions(self) -> None:
@@ -522,11 +544,11 @@ class ShardFolder(Rows):
         for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
             place = self.places[in_json[index]]
             record = self._record(*self._read(place, "caption"))
-            if record.keys() & {self.caption_column, "caption"}:
+            if record.keys() & set(self._entries):
                 return
             keys |= record.keys()
         found = ", ".join(sorted(keys)) or "nothing"
-        where = f"the .json files of {self.paths[0].parent} have no entry {self.caption_column} or caption"
+        where = f"the .json files of {self.paths[0].parent} have no entry {' or '.join(self._entries)}"
         raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
 
     @staticmethod
@@ -581,7 +603,8 @@ class ShardFolder(Rows):
             if not place["json"]:
                 return {"image": {"bytes": image}, "text": decode_text(caption)}
             record = self._record(caption)
-            return {"image": {"bytes": image}, "text": record.get(self.caption_column, record.get("caption"))}
+            text = next((record[entry] for entry in self._entries if entry in record), None)
+            return {"image": {"bytes": image}, "text": text}
         try:
             record = json.loads(caption)
             latents = read_npy(image) if image else None
@@ -621,13 +644,14 @@ class ShardFolder(Rows):
         return self
 
 
+PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def files_below(folder: Path) -> Iterator[str]:
     """All files below a folder, by their paths from it; links are followed. Raises UserError.
 
-    What begins with a dot or, of folders, with two underscores is left out, as `datasets` leaves it out.
+    What begins with a dot is left out, and a Mac's __MACOSX.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -638,7 +662,8 @@ def files_below(folder: Path) -> Iterator[str]:
         folders[:] = [  # without links to where we come from
             name
             for name in folders
-            if not name.startswith((".", "__"))
+            if name[0] != "."
+            and name != "__MACOSX"
             and not here.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))
         ]
         inside = os.path.relpath(place, folder)
@@ -656,10 +681,14 @@ def why_no_images(folder: Path) -> list[str]:
     suffixes = {split_member(name)[1]: name for name in names}
     if ".tar" in suffixes:
         return [f"{problem}; there are shards in {os.path.dirname(suffixes['.tar'])}: name that folder."]
-    if {".parquet", ".arrow"} & suffixes.keys():
-        return [f"{problem}, but tables: --dataset_name {folder} reads them."]
-    if packed := [name for name in names if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))]:
+    if packed := [name for name in names if name.lower().endswith(PACKED)]:
         return [f"{problem}, but a compressed archive ({packed[0]}): decompress it first."]
+    if unread := UNREAD_SUFFIXES & suffixes.keys():
+        return [f"{problem}, but {suffixes[min(unread)]}, of a kind that Pillow does not read: convert such files."]
+    if {".parquet", ".arrow", ".csv", ".jsonl"} & suffixes.keys():
+        return [f"{problem}, but tables: --dataset_name {folder} reads them."]
+    if ".zip" in suffixes:
+        return [f"{problem}, but {suffixes['.zip']}: unpack it, or --dataset_name {folder} reads it."]
     return [f"{problem}."]
 
 
@@ -685,6 +714,8 @@ def read_metadata(path: Path) -> Iterator[dict[str, Any]]:
                         raise UserError(f"{what} ({error})") from None
                     if isinstance(record, dict):
                         yield record
+                    elif record is not None:
+                        raise UserError(f'{path}, line {number}, holds no record, as {{"file_name": ...}} is one.')
     except UserError:
         raise
     except (OSError, ValueError) as error:  # of pandas, pyarrow and the decoder, too
@@ -703,18 +734,20 @@ class ImageFolder(Rows):
         super().__init__()
         self.folder, self.caption_column = folder, caption_column
         names = sorted(files_below(folder))
-        there, images = set(names), [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
+        there, images = {}, [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
+        for name in names:  # .TXT is a text file too
+            there[os.path.splitext(name)[0] + split_member(name)[1]] = name
         self.images, captions = len(images), self._read_captions(names, set(images))
         extensions = [caption_extension] if caption_extension else [".txt", ".caption"]
         rows, ignored, repeats = [], [], set()
         for name in images:
             stem, _ = split_member(name)
-            beside = next((stem + extension for extension in extensions if stem + extension in there), None)
+            beside = [there[stem + extension] for extension in extensions if stem + extension in there]
+            ignored += beside[name not in captions :]
             if name in captions:
-                ignored += [beside] if beside else []
                 rows.append((name, None, json.dumps(captions[name])))
             elif beside:
-                rows.append((name, beside, None))
+                rows.append((name, beside[0], None))
                 repeats |= {part for part in Path(name).parts[:-1] if re.fullmatch(r"\d+_.+", part)}
             else:
                 self.leave_out("without a caption", name)
@@ -724,15 +757,19 @@ class ImageFolder(Rows):
                 self.leave_out("of a kind that Pillow does not read", name)
             elif suffix == ".tar":
                 self.leave_out("shards in folders below", name)
+            elif name.lower().endswith((".zip", *PACKED)):
+                self.leave_out("archives", name)
         if ignored:
-            self.notes.append(f"{len(ignored):,} text files are not read, {ignored[0]} among them: metadata wins.")
+            first = f"{len(ignored):,} text files are not read, {ignored[0]} among them"
+            self.notes.append(f"{first}: {'metadata wins' if captions else 'of two beside an image one is'}.")
         if repeats:
             self.notes.append(f"The repeats in folders' names ({min(repeats)}) are not applied.")
         if caption_column != "text" and not captions:
             self.notes.append(f"--caption_column {caption_column} is not read: there is no metadata file.")
         if images and not rows:
-            wanted = f"a metadata.jsonl with file_name and {caption_column}, or a .txt beside each image, has captions"
-            found = ", ".join(name for name in names if name not in images and name.endswith((".jsonl", ".csv")))
+            beside = f"{' or '.join(extensions)} beside each image"
+            wanted = f"a metadata.jsonl with file_name and {caption_column}, or {beside}, has captions"
+            found = ", ".join([name for name in names if split_member(name)[1] not in IMAGE_SUFFIXES][:3])
             columns = f"--caption_column {caption_column} is not there; the columns are image"
             raise UserError(f"{columns}: {wanted}{found and f'; there is {found}'}. {self.describe_left_out()}")
         # Names as the system's bytes: in a locale of ASCII they hold what is no text.
@@ -743,6 +780,8 @@ class ImageFolder(Rows):
 
     def _read_captions(self, names: Sequence[str], images: set[str]) -> dict[str, Any]:
         captions: dict[str, Any] = {}
+        said_in: dict[str, str] = {}  # the folder whose metadata has an image's caption
+        twice: list[str] = []
         metadata = [name for name in names if os.path.basename(name) in METADATA]
         for name in sorted(metadata, key=lambda name: name.count(os.sep)):  # the nearest to an image has the last word
             path = self.folder / name
@@ -753,17 +792,23 @@ class ImageFolder(Rows):
                 image = self._image_of(os.path.dirname(name), file_name, images)
                 if image is None:
                     self.leave_out("captions whose image is not there", f"{name}: {file_name}")
-                elif record.get(self.caption_column) is not None:
-                    captions[image] = record[self.caption_column]
+                elif isinstance(caption := record.get(self.caption_column), (str, list)):
+                    twice += [image] if said_in.get(image) == os.path.dirname(name) else []
+                    captions[image], said_in[image] = caption, os.path.dirname(name)
+                elif caption is not None:
+                    self.leave_out("captions that are no text", f"{name}: {file_name}")
             for column, flag in (("file_name", ""), (self.caption_column, "--caption_column ")):
                 if columns and column not in columns:
                     raise UserError(f"{flag}{column} is not there; the columns are {', '.join(columns)}, in {path}.")
+        if twice:
+            self.notes.append(f"{len(twice):,} captions are replaced by later ones of the metadata ({twice[0]}).")
         return captions
 
     def _image_of(self, place: str, file_name: str, images: set[str]) -> str | None:
         for name in (file_name, file_name.replace("\\", "/")):  # as Windows writes paths
             name = os.fsdecode(name.encode("utf-8", "surrogatepass"))
-            path = os.path.relpath(name, self.folder) if os.path.isabs(name) else os.path.join(place, name)
+            real = os.path.isabs(name) and os.path.relpath(os.path.realpath(name), os.path.realpath(self.folder))
+            path = real or os.path.join(place, name)
             if (found := os.path.normpath(path)) in images:
                 return found
         return None
@@ -786,7 +831,8 @@ class ImageFolder(Rows):
         """A digest of which samples there are, and of the sizes and times of their files."""
         digest = hashlib.blake2b(digest_size=16)
         for name, text_file, caption in zip(*(column.to_pylist() for column in self.table.columns), strict=True):
-            files = [(self.folder / os.fsdecode(file)).stat() for file in (name, text_file) if file]
+            paths = [self.folder / os.fsdecode(file) for file in (name, text_file) if file]
+            files = [path.stat() for path in paths if path.exists()]  # a broken link is counted when it is read
             digest.update(repr((name, caption, [(file.st_size, file.st_mtime_ns) for file in files])).encode())
         return digest.hexdigest()
 

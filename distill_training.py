@@ -989,30 +989,50 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
     return f"{len(dataset)} samples ({digest.hexdigest()})"
 
 
+def dataset_error(args: argparse.Namespace, error: BaseException) -> str:
+    """The sentence for a dataset that cannot be read: the cause, and which flag or file it is about."""
+    source, folder = args.dataset_name, Path(args.dataset_name)
+    if choices := re.search(
+        r"among the available configs: (\[.*?\])|BuilderConfig .* Available: (\[.*\])", str(error)
+    ):
+        several = f"--dataset_name {source} has several configurations: choose one with --dataset_config_name"
+        return f"{several}, of {choices[1] or choices[2]}."
+    while error.__cause__ is not None:  # "An error occurred while generating the dataset"
+        error = error.__cause__
+    message = loading_error("read", "dataset_name", source, error)
+    if folder.is_dir() and re.search(r"[][*?]", str(folder.absolute())):
+        message += " (datasets takes brackets, * and ? in a folder's name for a pattern: rename it)"
+    cut = [path.name for path in folder.rglob("*.parquet") if not is_parquet(path)] if folder.is_dir() else []
+    return f"{message} ({', '.join(cut)} is damaged or cut)" if cut else message
+
+
 def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
     """The undecoded rows of a dataset. Raises `UserError` where they cannot be had."""
     source, folder = args.dataset_name, Path(args.dataset_name)
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # by `save_to_disk`
             rows = datasets.load_from_disk(source)
-            rows = rows["train"] if isinstance(rows, datasets.DatasetDict) else rows
+            if isinstance(rows, datasets.DatasetDict):
+                if "train" not in rows:
+                    raise UserError(f"it has no split train, but {', '.join(rows)}")
+                rows = rows["train"]
             rows = rows.to_iterable_dataset() if args.streaming else rows
         else:
             settings = {"split": "train", "cache_dir": args.cache_dir, "streaming": args.streaming}
             rows = datasets.load_dataset(source, args.dataset_config_name, **settings)
+            if unread := files_of_other_splits(args):
+                split = f"{len(unread)} files of {source} are not in its split train"
+                logger.warning(f"Training data: {split}, {unread[0]} among them: they are not read.")
         if rows.features is None:  # a stream of a format without a schema: its first rows tell
             rows = rows._resolve_features()
     except Exception as error:  # no network, no such dataset, no such split, files of mixed types, ...
-        message = loading_error("read", "dataset_name", source, error)
-        if choices := re.search(r"among the available configs: (\[.*?\])", str(error)):
-            message = f"--dataset_name {source} has several configurations: choose one with --dataset_config_name, "
-            message += f"of {choices[1]}."
-        cut = [path.name for path in folder.rglob("*.parquet") if not is_parquet(path)] if folder.is_dir() else []
-        raise UserError(f"{message} ({', '.join(cut)} is damaged or cut)" if cut else message) from error
+        raise UserError(dataset_error(args, error)) from error
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in rows.column_names:
-            there = ", ".join(rows.column_names)
-            raise UserError(f"--{flag} {getattr(args, flag)} is not there; the columns are {there}.")
+            there = f"the columns are {', '.join(rows.column_names)}."
+            if folder.is_dir() and not data.why_no_images(folder):
+                there += " A folder of images is for --train_data_dir."
+            raise UserError(f"--{flag} {getattr(args, flag)} is not there; {there}")
     rows = rows.select_columns([args.image_column, args.caption_column])
     captions, images = rows.features[args.caption_column], rows.features[args.image_column]
     texts = getattr(captions, "feature", captions)  # a list of strings, or a string
@@ -1029,6 +1049,17 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
         raise UserError(f"--image_column {args.image_column} holds {images}; images are needed.") from error
 
 
+def files_of_other_splits(args: argparse.Namespace) -> list[str]:
+    """Files in the folder --dataset_name that are like those of its split train, and in another split or none."""
+    if not Path(args.dataset_name).is_dir():
+        return []
+    builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    used = {os.path.realpath(file) for file in (builder.config.data_files or {}).get("train", ())}
+    kinds = {os.path.splitext(file)[1] for file in used}
+    names = sorted(name for name in data.files_below(Path(args.dataset_name)) if os.path.splitext(name)[1] in kinds)
+    return [name for name in names if os.path.realpath(os.path.join(args.dataset_name, name)) not in used]
+
+
 def is_parquet(path: Path) -> bool:
     """Whether a file is a whole parquet file, by what stands at its end."""
     with suppress(OSError, ValueError):
@@ -1043,11 +1074,11 @@ def make_train_dataset(
     if args.train_data_dir is not None:
         folder, columns = Path(args.train_data_dir), ("image", "text")
         try:
-            if data.shards_in(folder):
-                rows = data.ShardFolder(folder, args.caption_column)
-            elif args.image_column != "image":
+            if args.image_column != "image":
                 there = f"the columns are image, {args.caption_column}"
                 raise UserError(f"--image_column {args.image_column} is not there; {there}.")
+            if data.shards_in(folder):
+                rows = data.ShardFolder(folder, args.caption_column)
             else:
                 rows = data.ImageFolder(folder, args.caption_column, args.caption_extension)
         except OSError as error:
@@ -2502,6 +2533,8 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     if cache is not None and Path(cache).is_file():
         problems.append(f"--latents_cache_dir {cache} is a file, not a folder.")
     folder = Path(args.train_data_dir or ".")
+    if args.caption_extension and (args.dataset_name or data.shards_in(folder)):
+        problems.append("--caption_extension is of text files beside images: neither shards nor datasets have them.")
     if not folder.is_dir():
         problems.append(f"--train_data_dir {folder} is not a folder.")
     elif args.train_data_dir is not None and not data.shards_in(folder):

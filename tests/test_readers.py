@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 from helpers import ROOT, data_args, dataset_of
 from PIL import Image
@@ -324,3 +325,167 @@ def test_names_beyond_ascii_in_a_locale_of_ascii(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("['a blue circle', 'a red circle'] ")
     assert data.ImageFolder(folder).fingerprint() in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Neighbours of these.
+
+
+def joined(folder: Path) -> Path:
+    """Two tars, one written behind the other, as `cat a.tar b.tar` does."""
+    parts = [write_tar(folder / f"{n}.part", {f"{n}.jpg": RED, f"{n}.txt": b"a"}) / f"{n}.part" for n in "ab"]
+    path = folder / "shards" / "0.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+def test_a_tar_that_goes_on_after_its_end_is_refused(tmp_path: Path) -> None:
+    path = joined(tmp_path)
+    with pytest.raises(data.UserError, match=f"^{path} goes on after its end"):
+        data.ShardFolder(path.parent)
+
+
+def test_whatever_lies_beside_shards_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": RED, "a.txt": b"a red circle", "x.png/": b""})
+    write_tar(tmp_path / "1.TAR", {"b.jpg": BLUE, "b.txt": b"a blue circle"})
+    write_tar(tmp_path / "below" / "2.tar", {"c.jpg": GREEN, "c.txt": b"a green circle"})
+    files = {"._0.tar": b"a Mac's", ".1.tar.part": b"", "3.tar.gz": b"", "below/d.png": RED, "0.parquet": b""}
+    rows = data.ShardFolder(write_files(tmp_path, files))
+    assert pairs_of(rows) == [("red", "a red circle"), ("blue", "a blue circle")]
+    assert rows.describe() == [
+        "3 images are there, 2 samples are used. Left out: 1 compressed archives (3.tar.gz), "
+        "1 shards in folders below (below/2.tar), 1 images beside the shards (below/d.png)."
+    ]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"latents": {"variants": 1}},
+        {"latents": True},
+        {"shards": [{"name": "0.tar", "bytes": "9", "sha256": "", "count": 0}]},
+        {"shards": [{"name": "0.tar", "bytes": 9, "image_bytes": [], "caption_bytes": []}]},
+    ],
+)
+def test_a_manifest_that_lacks_a_fact_is_none_of_ours(tmp_path: Path, manifest: dict) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": []} | manifest))
+    with pytest.raises(data.UserError, match="manifest.json is not one that data.py wrote"):
+        data.ShardFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(data.UserError, match="manifest.json can't be read"):
+        data.ShardFolder(tmp_path)
+
+
+def test_a_caption_column_of_ones_own_has_no_substitute(tmp_path: Path) -> None:
+    record = json.dumps({"caption": "alt text", "long": "a red circle"}).encode()
+    bare = json.dumps({"caption": "alt text"}).encode()
+    folder = write_tar(tmp_path / "0.tar", {"a.jpg": RED, "a.json": record, "b.jpg": BLUE, "b.json": bare})
+    assert [row["text"] for row in data.ShardFolder(folder, "long")] == ["a red circle", None]
+    assert [row["text"] for row in data.ShardFolder(folder)] == ["alt text", "alt text"]
+    with pytest.raises(
+        data.UserError, match="^--caption_column promt: .* have no entry promt; they have caption, long"
+    ):
+        data.ShardFolder(folder, "promt")
+
+
+def test_text_files_of_any_case_and_several_of_them(tmp_path: Path) -> None:
+    files = {"a.jpg": RED, "a.TXT": "a red circle", "b.JPG": BLUE, "b.txt": "a blue circle", "b.caption": "other"}
+    rows = data.ImageFolder(write_files(tmp_path, files))
+    assert pairs_of(rows) == [("red", "a red circle"), ("blue", "a blue circle")]
+    assert rows.notes == ["1 text files are not read, b.caption among them: of two beside an image one is."]
+
+
+def test_captions_that_are_replaced_or_no_text_are_said(tmp_path: Path) -> None:
+    lines = jsonl(**{"a.jpg": "first"}) + jsonl(**{"a.jpg": "a red circle"})
+    lines += json.dumps({"file_name": "b.jpg", "text": 7}) + "\n"
+    rows = data.ImageFolder(write_files(tmp_path, {"a.jpg": RED, "b.jpg": BLUE, "metadata.jsonl": lines}))
+    assert pairs_of(rows) == [("red", "a red circle")]
+    assert rows.notes == ["1 captions are replaced by later ones of the metadata (a.jpg)."]
+    assert "1 captions that are no text (metadata.jsonl: b.jpg), 1 without a caption (b.jpg)" in rows.describe()[0]
+    write_files(tmp_path, {"metadata.jsonl": json.dumps([{"file_name": "a.jpg", "text": "a"}])})
+    with pytest.raises(data.UserError, match="metadata.jsonl, line 1, holds no record"):
+        data.ImageFolder(tmp_path)
+
+
+def test_a_folder_without_captions_names_what_is_there(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.jpg": RED, "metadata.tsv": "file_name\ttext"})
+    with pytest.raises(data.UserError, match=r"or \.cap beside each image, has captions; there is metadata\.tsv\."):
+        data.ImageFolder(tmp_path, "text", ".cap")
+
+
+def test_absolute_paths_through_a_link(tmp_path: Path) -> None:
+    folder = write_files(
+        tmp_path / "real", {"a.jpg": RED, "gone.jpg": b"", "__set2/b.jpg": BLUE, "__MACOSX/c.jpg": RED}
+    )
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "gone.jpg").unlink()
+    (folder / "gone.jpg").symlink_to(tmp_path / "nothing")
+    lines = jsonl(
+        **{str(tmp_path / "link" / "a.jpg"): "a red circle", "gone.jpg": "x", "__set2/b.jpg": "a blue circle"}
+    )
+    rows = data.ImageFolder(write_files(folder, {"metadata.jsonl": lines}))
+    assert [rows.table["image"][i].as_py() for i in range(3)] == [b"__set2/b.jpg", b"a.jpg", b"gone.jpg"]
+    assert rows.images == 3 and rows.fingerprint()  # a broken link is counted when it is read
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({"a.zip": b""}, "but a.zip: unpack it, or --dataset_name .* reads it"),
+        ({"list.csv": b"", "a.jsonl": b""}, "but tables: --dataset_name .* reads them"),
+        ({"a.heic": b""}, "but a.heic, of a kind that Pillow does not read"),
+    ],
+)
+def test_a_folder_of_other_things_names_the_way(tmp_path: Path, files: dict[str, bytes], sentence: str) -> None:
+    (problem,) = data.why_no_images(write_files(tmp_path, files))
+    assert re.search(sentence, problem)
+
+
+def test_a_dataset_whose_split_leaves_files_out_says_so(
+    tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "more"):
+        rows = {"image": [{"bytes": RED, "path": None}], "text": [name]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table" / f"{name}.parquet")
+    with caplog.at_level("INFO"):
+        args = data_args(teacher, dataset_name=tmp_path / "table", cache_dir=tmp_path / "cache")
+        assert [row["text"] for row in dataset_of(args).rows] == ["train"]
+    assert "1 files of" in caplog.text and "are not in its split train, more.parquet among them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        ("csv", "Expected 2 fields in line 3, saw 4"),
+        ("dict", "it has no split train, but test, valid"),
+        ("brackets", r"takes brackets, \* and \? in a folder's name for a pattern: rename it"),
+        ("images", "A folder of images is for --train_data_dir"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_names_the_cause(
+    tmp_path: Path, teacher: Path, make: str, sentence: str
+) -> None:
+    folder = tmp_path / ("x[1]" if make == "brackets" else "x")
+    rows = datasets.Dataset.from_dict({"image": ["a.jpg"], "text": ["a"]})
+    if make == "csv":
+        write_files(folder, {"a.csv": "image,text\na.jpg,a\nb.jpg,b,c,d\n"})
+    elif make == "dict":
+        datasets.DatasetDict({"test": rows, "valid": rows}).save_to_disk(folder)
+    elif make == "brackets":
+        rows.to_parquet(folder / "a.parquet")
+    else:
+        write_files(folder, {"a.jpg": RED, "a.txt": "a red circle"})
+    with pytest.raises(data.UserError, match=sentence):
+        dataset_of(data_args(teacher, dataset_name=folder, cache_dir=tmp_path / "cache"))
+
+
+def test_flags_on_captions_that_nothing_reads(
+    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tar(tmp_path / "0.tar", {"a.jpg": RED, "a.txt": b"a"})
+    with pytest.raises(SystemExit, match="2"):
+        data_args(teacher, train_data_dir=folder, caption_extension=".txt")
+    assert "--caption_extension is of text files beside images" in capsys.readouterr().err
+    with pytest.raises(data.UserError, match="--image_column picture is not there"):
+        dataset_of(data_args(teacher, train_data_dir=folder, image_column="picture"))

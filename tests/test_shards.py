@@ -112,7 +112,8 @@ def write_manifest(folder: Path, images: list[tuple[bytes, str]]) -> dict:
             "image_bytes": [len(content) for content, _ in part],
             "caption_bytes": [len(text) for _, text in part],
         }
-        shards.append({"name": path.name, "bytes": path.stat().st_size, "count": len(part), **sizes})
+        entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": data.file_sha256(path), "count": len(part)}
+        shards.append(entry | sizes)
     (folder / "manifest.json").write_text(json.dumps({"shards": shards}))
     return {"shards": shards}
 
@@ -179,6 +180,9 @@ def npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+LATENTS = {"vae": "0123456789abcdef", "scaling_factor": 0.18215, "resolution": 24, "variants": 2}
+
+
 def write_latents(folder: Path, complete: bool = True, variants: int = 2) -> list[np.ndarray]:
     """Two shards: usable, broken, with two captions; and one more."""
     latents = [np.random.default_rng(i).normal(size=(2, 2, 4, 3, 3)).astype(np.float16) for i in range(3)]
@@ -194,7 +198,7 @@ def write_latents(folder: Path, complete: bool = True, variants: int = 2) -> lis
     ]
     entries = [data.write_shard(folder, data.shard_name(0), samples[:3])]
     entries.append(data.write_shard(folder, data.shard_name(1), iter(samples[3:])))
-    head = {"format": data.FORMAT, "complete": complete, "latents": {"variants": variants}}
+    head = {"format": data.FORMAT, "complete": complete, "latents": LATENTS | {"variants": variants}}
     data.write_manifest(folder, head, [json.dumps(entry) for entry in entries])
     return latents
 
@@ -203,7 +207,7 @@ def test_latents_are_read_back(tmp_path: Path) -> None:
     latents = write_latents(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "manifest.json"]
     rows = data.ShardFolder(tmp_path)
-    assert rows.latents == data.latents_of(tmp_path) == {"variants": 2}
+    assert rows.latents == data.latents_of(tmp_path) == LATENTS
     assert [row["text"] for row in rows] == [["a red circle"], ["ünïcode"], ["one", "two"], ["last"]]
     assert [row["fault"] for row in rows] == [None, "broken_image", None, None]
     assert [row["enlarged"] for row in rows] == [False, False, True, False]
@@ -351,7 +355,7 @@ def test_a_hundred_thousand_samples_take_little_memory(tmp_path: Path) -> None:
         size = int(data.data_offsets(images, captions)[-1, 1]) + 10240
         with open(tmp_path / f"{number:05d}.tar", "wb") as tar:
             tar.truncate(size)  # a hole takes no room
-        entry = {"name": tar.name.rsplit("/")[-1], "bytes": size, "count": per_shard}
+        entry = {"name": tar.name.rsplit("/")[-1], "bytes": size, "sha256": "0" * 64, "count": per_shard}
         entries.append(json.dumps(entry | {"image_bytes": images.tolist(), "caption_bytes": captions.tolist()}))
     data.write_manifest(tmp_path, {"complete": True}, entries)
     del entries
@@ -521,7 +525,7 @@ def test_latents_that_are_pickled_are_not_loaded(tmp_path: Path, capfd: pytest.C
     np.save(buffer, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
     samples = [("0", {".npy": buffer.getvalue(), ".json": b'{"captions": ["a"]}'})]
     entry = data.write_shard(tmp_path, "00000", samples)
-    data.write_manifest(tmp_path, {"complete": True, "latents": {"variants": 2}}, [json.dumps(entry)])
+    data.write_manifest(tmp_path, {"complete": True, "latents": LATENTS}, [json.dumps(entry)])
     with pytest.raises(OSError, match="00000.tar is damaged .*allow_pickle=False"):
         data.ShardFolder(tmp_path)[0]
     assert check(tmp_path, capfd) == (1, "00000.tar: 0.npy can't be decoded: ValueError\n")
