@@ -838,50 +838,100 @@ class ImageFolder(Rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Captions: parquet files, from the Hub or from the disk, read in batches, so that memory stays flat.
+# Captions: tables from the Hub or from the disk, read in batches, so that memory stays flat.
 
 Files = list[tuple[str, Path]]  # name, as in the repository or folder, and local path
 
 
-def fetch_captions(dataset_name: str, revision: str | None, resumed: bool) -> tuple[str, Files]:
+def retry_after(headers: Mapping[str, str]) -> float:
+    """The seconds that a server asks to wait for: a number or a date in Retry-After, 0 without."""
+    value = headers.get("Retry-After") or "0"
+    with contextlib.suppress(ValueError):
+        return float(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    return 0
+
+
+def ask_hub(call: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function of huggingface_hub, up to four times while what goes wrong may pass: 408, 429, 5xx, the network.
+
+    Raises DataError for what didn't pass, UserError for another status, both with the status and the URL's path, and
+    what huggingface_hub raises for the rest.
+    """
+    from huggingface_hub import errors
+
+    for wait in (1, 2, 4, None):
+        try:
+            return call(**arguments)
+        except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
+            # It says that its cache lacks a file when the Hub did not answer: the cause says what the Hub did.
+            cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | ConnectionError):
+            raise cause
+        response = getattr(cause, "response", None)
+        if response is None:
+            what, asked = f"the Hub can't be reached ({type(cause).__name__})", 0
+        else:
+            path = urllib.parse.urlsplit(str(response.url)).path
+            what, asked = f"the Hub answered {response.status_code} to {path}", retry_after(response.headers)
+            if response.status_code not in (408, 429) and response.status_code < 500:
+                raise UserError(f"{what}: {cause.server_message or 'it refuses'}")
+        if wait is None or asked > 300:
+            raise DataError(what)
+        wait = max(wait, asked)
+        print(f"{what[0].upper()}{what[1:]}: trying again in {wait:.0f} s.")
+        time.sleep(wait)
+
+
+def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]:
     """Download the parquet files of a Hub dataset. Returns its commit and (name in the repository, local file) pairs.
 
-    Raises UserError if the Hub refuses or the cache lacks a file, DataError if a file differs from the hash that the
-    Hub gave for it. A `resumed` run knows its files, and works from the cache when the Hub can't be reached.
+    Where the Hub can't be asked, a local cache that holds them all will do. Raises UserError if the Hub refuses,
+    DataError for what may pass, and if a file differs from the hash that the Hub gave for it.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub as hub  # not at the top: workers import this file too, and need none of it
     from huggingface_hub import errors
 
-    def refuse(what: str) -> NoReturn:
-        raise UserError(f"--dataset_name {dataset_name}: {what}") from None
+    def refuse(what: str, kind: type[Exception] = UserError) -> NoReturn:
+        raise kind(f"--dataset_name {dataset_name}: {what}") from None
 
+    repository = {"repo_id": dataset_name, "repo_type": "dataset"}
+    wanted = repository | {"allow_patterns": "*.parquet"}
     try:
-        folder = Path(
-            hub.snapshot_download(dataset_name, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
-        )
+        try:
+            info = ask_hub(hub.HfApi().repo_info, **repository, revision=revision)
+            folder = Path(ask_hub(hub.snapshot_download, **wanted, revision=revision))
+            if folder.name != info.sha:  # the Hub fell silent in between, and the cache had another commit
+                folder = Path(ask_hub(hub.snapshot_download, **wanted, revision=info.sha))
+            listed = {file.rfilename for file in info.siblings}
+        except (DataError, errors.OfflineModeIsEnabled) as problem:
+            offline = isinstance(problem, errors.OfflineModeIsEnabled)
+            what = "HF_HUB_OFFLINE is set" if offline else str(problem)
+            try:
+                folder = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True))
+            except errors.LocalEntryNotFoundError:
+                refuse(f"{what}, and the local cache does not hold it all", UserError if offline else DataError)
+            print(f"The captions come from the local cache: {what}.")
+            listed = set()
         commit = folder.name
         files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
-        missing = set() if resumed else set(hub.list_repo_files(dataset_name, repo_type="dataset", revision=commit))
-        if missing := {name for name in missing if name.endswith(".parquet")} - {name for name, _ in files}:
-            refuse(f"the local cache lacks {', '.join(sorted(missing))}, and the Hub did not give it")
+        if missing := {name for name in listed if name.endswith(".parquet")} - {name for name, _ in files}:
+            refuse(f"the local cache lacks {', '.join(sorted(missing))}, and the Hub did not give it", DataError)
         for name, path in files:
             if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
-                again = {"repo_type": "dataset", "revision": commit, "force_download": True}
-                if not matches_blob_name(Path(hub.hf_hub_download(dataset_name, name, **again))):
-                    raise DataError(f"{name} of {dataset_name} arrived damaged twice: its hash is not the Hub's")
+                again = {"filename": name, "revision": commit, "force_download": True}
+                if not matches_blob_name(Path(ask_hub(hub.hf_hub_download, **repository, **again))):
+                    refuse(f"{name} arrived damaged twice: its hash is not the Hub's", DataError)
     except errors.GatedRepoError:  # a subclass of the next one
         refuse("this dataset is gated; ask for access on its page, then log in with `hf auth login`")
     except errors.RepositoryNotFoundError:
         refuse("there is no such dataset on the Hub, or it is private and you are not logged in")
     except errors.RevisionNotFoundError:
         refuse(f"it has no --revision {revision}")
-    except errors.LocalEntryNotFoundError:
-        refuse("the Hub can't be reached, and the local cache does not hold it")
-    except (UserError, DataError):
-        raise
-    except Exception as error:  # whatever the HTTP library raises
-        refuse(f"the Hub can't be used: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except errors.HFValidationError as error:
+        refuse(str(error).splitlines()[0])
+    except (errors.OfflineModeIsEnabled, UserError) as error:
+        refuse(str(error).splitlines()[0])
     if not files:
         refuse(f"commit {commit} holds no parquet file")
     return commit, files
@@ -900,12 +950,30 @@ def matches_blob_name(path: Path) -> bool:
     return False
 
 
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
+TABLE_KINDS = ", ".join(suffix[1:] for suffix in TABLE_SUFFIXES)
+
+
+def table_kind(path: Path) -> str:
+    """The suffix that says how a table is to be read, ".csv" of "a.CSV.gz" too."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def local_captions(caption_file: str) -> Files:
-    """The (name, path) pairs of one parquet file, or of those directly inside a folder, by name."""
+    """The (name, path) pairs of one table, or of those of one kind directly inside a folder, by name."""
     path = Path(caption_file)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"--caption_file {caption_file}: no such parquet file, nor a folder that holds some")
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
+        kinds = [kind for kind in TABLE_SUFFIXES if any(table_kind(file) == kind for file in found)]
+        if len(kinds) > 1 and kinds[0] != ".parquet":  # beside parquet files lie others that are no tables
+            raise UserError(f"--caption_file {caption_file} holds tables of several kinds ({', '.join(kinds)}): name one")
+        files = [file for file in found if kinds and table_kind(file) == kinds[0]]
+    else:
+        files = [path] if path.is_file() else []
+    if not files:
+        raise UserError(f"--caption_file {caption_file}: no such parquet file or other table, nor a folder of some")
+    if table_kind(files[0]) not in TABLE_SUFFIXES:
+        raise UserError(f"--caption_file {caption_file}: its name must end with one of {TABLE_KINDS} (or that and .gz)")
     return [(file.name, file) for file in files]
 
 
@@ -934,26 +1002,88 @@ def parse_filter(text: str) -> tuple[str, Callable, float | str]:
     return column, COMPARISONS[sign], quoted[2] if quoted else float(value)
 
 
-def read_batches(files: Files, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield (number of the first row, counted over all files; batch of at most 32,768 rows)."""
+def open_table(path: Path, types: Mapping[str, pa.DataType], args: argparse.Namespace) -> Any:
+    """A pyarrow reader of batches of one csv, tsv, json, jsonl or txt table, its columns as `types` says.
+
+    Without types of all columns, to look at its `schema`. A .txt has tabs, and needs no line of names: a URL, a caption.
+    """
+    import pyarrow.csv
+    import pyarrow.json
+
+    kind, source = table_kind(path), pa.input_stream(str(path))  # unpacks .gz
+    start = source.read(4096)
+    source.close()
+    source = pa.input_stream(str(path))
+    if kind in (".json", ".jsonl"):
+        if start.lstrip()[:1] == b"[":  # one array: no library reads that in pieces
+            lines = (json.dumps(record).encode() for record in json.loads(source.read()))
+            source = pa.BufferReader(b"\n".join(lines))
+        schema = pa.schema(types.items()) if types else None
+        parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore" if types else "infer")
+        read = pyarrow.json.ReadOptions(use_threads=False, block_size=16 * MIB)
+        return pyarrow.json.open_json(source, read_options=read, parse_options=parse)
+    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf8"
+    first_line = start.decode(encoding, errors="ignore").partition("\n")[0]
+    bare = kind == ".txt" and args.url_column not in first_line.strip().split("\t")
+    names = [args.url_column, args.caption_column] if bare else None
+    return pyarrow.csv.open_csv(
+        source,
+        pyarrow.csv.ReadOptions(use_threads=False, block_size=16 * MIB, encoding=encoding, column_names=names),
+        pyarrow.csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", newlines_in_values=kind != ".txt"),
+        pyarrow.csv.ConvertOptions(column_types=dict(types), include_columns=list(types)),
+    )
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What pyarrow raises on a damaged table as a sentence. An error of the disk has a number, and stays one."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # a part of them is both of the first two
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno):
+            raise
+        raise UserError(f"{name} can't be read, it is damaged or another kind of file: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def read_batches(
+    files: Files, types: Mapping[str, pa.DataType], args: argparse.Namespace
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (number of the first row, counted over all files; batch of these columns, some 32,768 rows or 16 MiB).
+
+    A parquet file knows the types of its columns, the others' are taken to be `types`.
+    """
     first = 0
-    for _, path in files:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            for batch in file.iter_batches(32768, columns=list(dict.fromkeys(columns)), use_threads=False):
+    for name, path in files:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(readable(name))
+            if table_kind(path) == ".parquet":
+                file = stack.enter_context(pq.ParquetFile(path, pre_buffer=False))
+                batches = file.iter_batches(32768, columns=list(types), use_threads=False)
+            else:
+                batches = stack.enter_context(open_table(path, types, args))
+            for batch in batches:
                 yield first, batch
                 first += len(batch)
 
 
-def check_columns(files: Files, wanted: dict[str, str]) -> None:
+def check_columns(files: Files, wanted: dict[str, str], args: argparse.Namespace) -> None:
     """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
     for name, path in files:
-        try:
-            schema = pq.read_schema(path)
-        except pa.ArrowInvalid:
-            raise UserError(f"{name} is not a parquet file") from None
+        with readable(name):
+            if table_kind(path) == ".parquet":
+                names = pq.read_schema(path).names
+            else:
+                names = open_table(path, {}, args).schema.names
         for column, flag in wanted.items():
-            if column not in schema.names:
-                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}")
+            if column not in names:
+                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(names)}")
+
+
+TEXT = pa.large_string()
 
 
 def texts(column: pa.Array, name: str) -> pa.Array:
