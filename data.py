@@ -7,15 +7,16 @@
     python data.py --check laion_art                             # read everything back, say what is wrong
 
 The folder holds `NNNNN.tar` (`<key>.jpg`, `<key>.txt`, ... in row order), `NNNNN.parquet` (every row with its
-outcome) and `manifest.json`. img2dataset does the downloading, in a process group of its own that this script watches
-over; what it is given in place of its own parts is below: which rows (`ShardList`), how a URL is fetched (`fetch`),
-how an image is read (`square_jpeg`), how a shard is written (`Shard`). All that needs a POSIX system. What the trainer
-shares does not, and comes first: rows of flags, images to RGB, files into place, shards written and read.
+outcome) and `manifest.json`. img2dataset hands the shards to workers, in a process group of its own that this script
+watches over; a worker fetches URLs (`fetch`), reads images (`square_jpeg`) and writes them (`Shard`). All that needs a
+POSIX system. What the trainer shares does not, and comes first: rows of flags, images to RGB, files into place, shards
+written and read.
 """
 
 import argparse
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import http.client
@@ -37,14 +38,15 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from email.utils import parsedate_to_datetime
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -52,21 +54,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 FORMAT = "distill-sd data.py 1"
-USER_AGENT = "Mozilla/5.0 (compatible; distill-sd; +https://github.com/segmind/distill-sd)"
 ROBOT_NAME = "distill-sd"  # the name that an X-Robots-Tag header may address us by
+USER_AGENT = f"Mozilla/5.0 (compatible; {ROBOT_NAME}%s)"  # with the contact of --user_agent
 OPT_OUTS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}  # "none" is short for noindex, nofollow
 VALUED_DIRECTIVES = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}  # not robots' names
 PASSING = ("timeout", "network", "incomplete", "http_408", "http_429")  # with all http_5xx: a second try may go better
+PASSING_LATER = ("deadline", "dns", "busy", *PASSING)  # what --retry_failed asks for again, in another run
 MIB = 2**20
 
-# What a folder is made with: a rerun must agree on these. How the rows are fetched (threads, time limits) may change.
-SETTINGS = (
-    "dataset_name url_column caption_column filter max_samples seed image_size min_image_size encode_quality "
-    "number_sample_per_shard max_bytes max_pixels honor_opt_outs verify_hash"
+# What a folder is made with. Of two runs into one, the first must agree, the second choose the same rows of the same
+# tables, or more after them. How the rows are fetched (threads, time limits) may change.
+IMAGE_SETTINGS = (
+    "url_column caption_column image_size min_image_size encode_quality number_sample_per_shard max_bytes max_pixels "
+    "honor_opt_outs"
 ).split()
+ROW_SETTINGS = "dataset_name filter max_samples seed verify_hash".split()
 
 
 class UserError(ValueError):
@@ -81,12 +86,18 @@ class DataError(Exception):
     """Ends a download that failed: shown as one sentence, exit code 1."""
 
 
-class Refused(Exception):
-    """A row that does not become an image: `reason` is what the tables count, `detail` is for a person."""
+KEPT = "Finished shards are kept; the same command goes on from there."
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+
+class Refused(Exception):
+    """A row that does not become an image: `reason` is what the tables count, `detail` is for a person.
+
+    `wait` are the seconds after which the server says that it may be asked again.
+    """
+
+    def __init__(self, reason: str, detail: str = "", wait: float = 0) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.wait = reason, detail, wait
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -843,45 +854,6 @@ class ImageFolder(Rows):
 Files = list[tuple[str, Path]]  # name, as in the repository or folder, and local path
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
-    """The seconds that a server asks to wait for: a number or a date in Retry-After, 0 without."""
-    value = headers.get("Retry-After") or "0"
-    with contextlib.suppress(ValueError):
-        return float(value) if value.isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    return 0
-
-
-def ask_hub(call: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of huggingface_hub, up to four times while what goes wrong may pass: 408, 429, 5xx, the network.
-
-    Raises DataError for what didn't pass, UserError for another status, both with the status and the URL's path, and
-    what huggingface_hub raises for the rest.
-    """
-    from huggingface_hub import errors
-
-    for wait in (1, 2, 4, None):
-        try:
-            return call(**arguments)
-        except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
-            # It says that its cache lacks a file when the Hub did not answer: the cause says what the Hub did.
-            cause = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
-        if isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError | ConnectionError):
-            raise cause
-        response = getattr(cause, "response", None)
-        if response is None:
-            what, asked = f"the Hub can't be reached ({type(cause).__name__})", 0
-        else:
-            path = urllib.parse.urlsplit(str(response.url)).path
-            what, asked = f"the Hub answered {response.status_code} to {path}", retry_after(response.headers)
-            if response.status_code not in (408, 429) and response.status_code < 500:
-                raise UserError(f"{what}: {cause.server_message or 'it refuses'}")
-        if wait is None or asked > 300:
-            raise DataError(what)
-        wait = max(wait, asked)
-        print(f"{what[0].upper()}{what[1:]}: trying again in {wait:.0f} s.")
-        time.sleep(wait)
-
-
 def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]:
     """Download the parquet files of a Hub dataset. Returns its commit and (name in the repository, local file) pairs.
 
@@ -890,51 +862,83 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub as hub  # not at the top: workers import this file too, and need none of it
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, utils
 
     def refuse(what: str, kind: type[Exception] = UserError) -> NoReturn:
         raise kind(f"--dataset_name {dataset_name}: {what}") from None
 
-    repository = {"repo_id": dataset_name, "repo_type": "dataset"}
-    wanted = repository | {"allow_patterns": "*.parquet"}
-    try:
+    wanted = {"repo_id": dataset_name, "repo_type": "dataset", "allow_patterns": "*.parquet"}
+    branch = urllib.parse.quote(revision or "main", safe="")
+
+    def download() -> tuple[Path, set[str]]:
+        utils.validate_repo_id(dataset_name)
+        # The library's backoff waits until the Hub answers: its download asks this question once, without.
+        url = f"{constants.ENDPOINT}/api/datasets/{dataset_name}/revision/{branch}"
+        response = utils.http_backoff("GET", url, headers=utils.build_hf_headers(), max_retries=3, timeout=10)
+        utils.hf_raise_for_status(response)
+        folder = Path(hub.snapshot_download(**wanted, revision=revision))
+        if folder.name != response.json()["sha"]:  # the Hub fell silent in between, and the cache had another commit
+            folder = Path(hub.snapshot_download(**wanted, revision=response.json()["sha"]))
+        return folder, {file["rfilename"] for file in response.json()["siblings"]}
+
+    for last_try in (False, True):
         try:
-            info = ask_hub(hub.HfApi().repo_info, **repository, revision=revision)
-            folder = Path(ask_hub(hub.snapshot_download, **wanted, revision=revision))
-            if folder.name != info.sha:  # the Hub fell silent in between, and the cache had another commit
-                folder = Path(ask_hub(hub.snapshot_download, **wanted, revision=info.sha))
-            listed = {file.rfilename for file in info.siblings}
-        except (DataError, errors.OfflineModeIsEnabled) as problem:
-            offline = isinstance(problem, errors.OfflineModeIsEnabled)
-            what = "HF_HUB_OFFLINE is set" if offline else str(problem)
+            folder, listed = download()
+            break
+        except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+            what, kind = hub_problem(error, revision)
+            offline = isinstance(error, errors.OfflineModeIsEnabled)
+            if kind is UserError and not offline:
+                refuse(what)
+        if last_try or offline:
             try:
-                folder = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True))
+                folder, listed = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True)), set()
             except errors.LocalEntryNotFoundError:
-                refuse(f"{what}, and the local cache does not hold it all", UserError if offline else DataError)
+                refuse(f"{what}, and the local cache does not hold it all", kind)
             print(f"The captions come from the local cache: {what}.")
-            listed = set()
-        commit = folder.name
-        files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
-        if missing := {name for name in listed if name.endswith(".parquet")} - {name for name, _ in files}:
-            refuse(f"the local cache lacks {', '.join(sorted(missing))}, and the Hub did not give it", DataError)
-        for name, path in files:
-            if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
-                again = {"filename": name, "revision": commit, "force_download": True}
-                if not matches_blob_name(Path(ask_hub(hub.hf_hub_download, **repository, **again))):
-                    refuse(f"{name} arrived damaged twice: its hash is not the Hub's", DataError)
-    except errors.GatedRepoError:  # a subclass of the next one
-        refuse("this dataset is gated; ask for access on its page, then log in with `hf auth login`")
-    except errors.RepositoryNotFoundError:
-        refuse("there is no such dataset on the Hub, or it is private and you are not logged in")
-    except errors.RevisionNotFoundError:
-        refuse(f"it has no --revision {revision}")
-    except errors.HFValidationError as error:
-        refuse(str(error).splitlines()[0])
-    except (errors.OfflineModeIsEnabled, UserError) as error:
-        refuse(str(error).splitlines()[0])
+            break
+    commit = folder.name
+    files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
+    if missing := {name for name in listed if name.endswith(".parquet")} - {name for name, _ in files}:
+        refuse(f"the local cache lacks {', '.join(sorted(missing))}, and the Hub did not give it", DataError)
+    for name, path in files:
+        if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
+            try:
+                again = {"repo_type": "dataset", "revision": commit, "force_download": True}
+                path = Path(hub.hf_hub_download(dataset_name, name, **again))
+            except (errors.HTTPError, OSError) as error:
+                refuse(f"{name} is damaged in the local cache, and {hub_problem(error, revision)[0]}", DataError)
+            if not matches_blob_name(path):
+                refuse(f"{name} arrived damaged twice: its hash is not the Hub's", DataError)
     if not files:
         refuse(f"commit {commit} holds no parquet file")
     return commit, files
+
+
+def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Exception]]:
+    """What huggingface_hub raised in words, and what it ends a run as: DataError for what may pass, else UserError."""
+    from huggingface_hub import errors
+
+    if isinstance(error, OSError) and error.errno:
+        raise error  # the disk's
+    known = {
+        errors.GatedRepoError: "this dataset is gated; ask for access on its page, then log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "no such dataset is on the Hub, or it is private and you are not logged in",
+        errors.RevisionNotFoundError: f"it has no --revision {revision}",
+        errors.HFValidationError: str(error).partition("\n")[0],
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+    }  # a subclass comes before its base
+    if words := next((words for kind, words in known.items() if isinstance(error, kind)), None):
+        return words, UserError
+    while getattr(error, "response", None) is None and error.__cause__ is not None:
+        error = error.__cause__  # "the cache lacks a file", it says, when the Hub did not give it: the cause says why
+    response = getattr(error, "response", None)
+    if response is None:
+        return f"the Hub can't be reached ({type(error).__name__})", DataError
+    what = f"the Hub answered {response.status_code} to {urllib.parse.urlsplit(str(response.url)).path}"
+    if response.status_code in (408, 429) or response.status_code >= 500:
+        return what, DataError
+    return f"{what}: {getattr(error, 'server_message', None) or 'it refuses'}", UserError
 
 
 def matches_blob_name(path: Path) -> bool:
@@ -951,7 +955,6 @@ def matches_blob_name(path: Path) -> bool:
 
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
-TABLE_KINDS = ", ".join(suffix[1:] for suffix in TABLE_SUFFIXES)
 
 
 def table_kind(path: Path) -> str:
@@ -962,19 +965,17 @@ def table_kind(path: Path) -> str:
 def local_captions(caption_file: str) -> Files:
     """The (name, path) pairs of one table, or of those of one kind directly inside a folder, by name."""
     path = Path(caption_file)
-    if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith((".", "_"))]
-        kinds = [kind for kind in TABLE_SUFFIXES if any(table_kind(file) == kind for file in found)]
-        if len(kinds) > 1 and kinds[0] != ".parquet":  # beside parquet files lie others that are no tables
-            raise UserError(f"--caption_file {caption_file} holds tables of several kinds ({', '.join(kinds)}): name one")
-        files = [file for file in found if kinds and table_kind(file) == kinds[0]]
-    else:
-        files = [path] if path.is_file() else []
-    if not files:
+    found = [file for file in sorted(path.iterdir()) if file.name[0] not in "._"] if path.is_dir() else [path]
+    tables = [file for file in found if file.is_file() and table_kind(file) in TABLE_SUFFIXES]
+    if path.is_file() and not tables:
+        raise UserError(f"--caption_file {caption_file}: no such kind of table; it reads {', '.join(TABLE_SUFFIXES)}")
+    if not tables:
         raise UserError(f"--caption_file {caption_file}: no such parquet file or other table, nor a folder of some")
-    if table_kind(files[0]) not in TABLE_SUFFIXES:
-        raise UserError(f"--caption_file {caption_file}: its name must end with one of {TABLE_KINDS} (or that and .gz)")
-    return [(file.name, file) for file in files]
+    kinds = {table_kind(file) for file in tables}
+    if len(kinds) > 1 and ".parquet" not in kinds:  # beside parquet files lie others that are no tables
+        raise UserError(f"--caption_file {caption_file} holds {', '.join(sorted(kinds))}: name one of the files")
+    kind = ".parquet" if ".parquet" in kinds else kinds.pop()
+    return [(file.name, file) for file in tables if table_kind(file) == kind]
 
 
 def file_sha256(path: Path) -> str:
@@ -1002,88 +1003,79 @@ def parse_filter(text: str) -> tuple[str, Callable, float | str]:
     return column, COMPARISONS[sign], quoted[2] if quoted else float(value)
 
 
-def open_table(path: Path, types: Mapping[str, pa.DataType], args: argparse.Namespace) -> Any:
-    """A pyarrow reader of batches of one csv, tsv, json, jsonl or txt table, its columns as `types` says.
+TEXT = pa.large_string()
+Types = Mapping[str, pa.DataType]  # of columns; tables of text don't say
 
-    Without types of all columns, to look at its `schema`. A .txt has tabs, and needs no line of names: a URL, a caption.
+
+def open_table(path: Path, columns: Sequence[str], types: Types | None = None) -> Any:
+    """pyarrow's reader of batches of a csv, tsv, json, jsonl or txt table; without `types`, to look at its `schema`.
+
+    A .txt has tabs between its columns, and needs no line of names: then they are the first of `columns`.
     """
     import pyarrow.csv
     import pyarrow.json
 
-    kind, source = table_kind(path), pa.input_stream(str(path))  # unpacks .gz
-    start = source.read(4096)
-    source.close()
-    source = pa.input_stream(str(path))
+    kind, blocks = table_kind(path), {"use_threads": False, "block_size": 16 * MIB}
+    with pa.input_stream(str(path)) as source:  # which unpacks .gz
+        start = source.read(4096)
+    codec = codec_of(start)
+    source = pa.transcoding_input_stream(pa.input_stream(str(path)), codec, "utf8")
     if kind in (".json", ".jsonl"):
-        if start.lstrip()[:1] == b"[":  # one array: no library reads that in pieces
+        if start.decode(codec, errors="ignore").lstrip().startswith("["):  # one array, which has to be read as a whole
             lines = (json.dumps(record).encode() for record in json.loads(source.read()))
             source = pa.BufferReader(b"\n".join(lines))
         schema = pa.schema(types.items()) if types else None
-        parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore" if types else "infer")
-        read = pyarrow.json.ReadOptions(use_threads=False, block_size=16 * MIB)
-        return pyarrow.json.open_json(source, read_options=read, parse_options=parse)
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf8"
-    first_line = start.decode(encoding, errors="ignore").partition("\n")[0]
-    bare = kind == ".txt" and args.url_column not in first_line.strip().split("\t")
-    names = [args.url_column, args.caption_column] if bare else None
+        parse = pyarrow.json.ParseOptions(schema, unexpected_field_behavior="ignore" if types else "infer")
+        return pyarrow.json.open_json(source, pyarrow.json.ReadOptions(**blocks), parse)
+    names = start.decode(codec, errors="ignore").partition("\n")[0].strip().split("\t")
+    bare = kind == ".txt" and columns[0] not in names
     return pyarrow.csv.open_csv(
         source,
-        pyarrow.csv.ReadOptions(use_threads=False, block_size=16 * MIB, encoding=encoding, column_names=names),
-        pyarrow.csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", newlines_in_values=kind != ".txt"),
-        pyarrow.csv.ConvertOptions(column_types=dict(types), include_columns=list(types)),
+        pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None),
+        pyarrow.csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", quote_char=kind != ".txt" and '"'),
+        pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or [])),
     )
 
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """What pyarrow raises on a damaged table as a sentence. An error of the disk has a number, and stays one."""
+    """What pyarrow raises for a damaged table as a sentence. An error of the disk has a number, and stays one."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:  # a part of them is both of the first two
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno):
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None):
             raise
-        raise UserError(f"{name} can't be read, it is damaged or another kind of file: {first_line(error)}") from None
+        words = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+        raise UserError(f"{name} can't be read, it is damaged or another kind of file: {words}") from None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def read_batches(
-    files: Files, types: Mapping[str, pa.DataType], args: argparse.Namespace
-) -> Iterator[tuple[int, pa.RecordBatch]]:
+def read_batches(files: Files, types: Types) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yield (number of the first row, counted over all files; batch of these columns, some 32,768 rows or 16 MiB).
 
-    A parquet file knows the types of its columns, the others' are taken to be `types`.
+    A parquet file knows the types of its columns, in others they are taken to be `types`. Raises UserError.
     """
     first = 0
     for name, path in files:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(readable(name))
+        with readable(name), contextlib.ExitStack() as stack:
             if table_kind(path) == ".parquet":
                 file = stack.enter_context(pq.ParquetFile(path, pre_buffer=False))
                 batches = file.iter_batches(32768, columns=list(types), use_threads=False)
             else:
-                batches = stack.enter_context(open_table(path, types, args))
+                batches = stack.enter_context(open_table(path, list(types), types))
             for batch in batches:
                 yield first, batch
                 first += len(batch)
 
 
-def check_columns(files: Files, wanted: dict[str, str], args: argparse.Namespace) -> None:
+def check_columns(files: Files, wanted: dict[str, str]) -> None:
     """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
     for name, path in files:
         with readable(name):
-            if table_kind(path) == ".parquet":
-                names = pq.read_schema(path).names
-            else:
-                names = open_table(path, {}, args).schema.names
+            parquet = table_kind(path) == ".parquet"
+            names = (pq.read_schema(path) if parquet else open_table(path, list(wanted)).schema).names
         for column, flag in wanted.items():
             if column not in names:
                 raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(names)}")
-
-
-TEXT = pa.large_string()
 
 
 def texts(column: pa.Array, name: str) -> pa.Array:
@@ -1091,7 +1083,7 @@ def texts(column: pa.Array, name: str) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return pc.utf8_trim_whitespace(column.cast(pa.large_string()))
+        return pc.utf8_trim_whitespace(column.cast(TEXT))
     raise UserError(f"column {name!r} holds {column.type}, not text")
 
 
@@ -1112,7 +1104,10 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
     dropped: dict[str, int] = {}
     rows, hashes, total = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
     columns = [args.url_column, args.caption_column]
-    for first, batch in read_batches(files, columns + [column for _, column, *_ in filters]):
+    types = dict.fromkeys(columns, TEXT)
+    for _, column, _, value in filters:
+        types.setdefault(column, TEXT if isinstance(value, str) else pa.float64())
+    for first, batch in read_batches(files, types):
         urls, captions = (texts(batch[column], column) for column in columns)
         good = {
             "no URL": pc.not_equal(urls, ""),
@@ -1162,7 +1157,8 @@ def write_shard_inputs(
             for number in range(math.ceil(len(order) / per_group))
         ]
         hash_column = [args.verify_hash] if args.verify_hash and expected is None else []
-        for first, batch in read_batches(files, [args.url_column, args.caption_column, *hash_column]):
+        columns = [args.url_column, args.caption_column, *hash_column]
+        for first, batch in read_batches(files, dict.fromkeys(columns, TEXT)):
             start, end = np.searchsorted(rows, [first, first + len(batch)])
             chosen = batch.take(pa.array(rows[start:end] - first))
             urls = texts(chosen[args.url_column], args.url_column)
@@ -1176,8 +1172,9 @@ def write_shard_inputs(
             else:
                 digests = pa.array(expected.of(urls) if expected else [None] * len(chosen), pa.string())
             positions = by_row[start:end]
-            columns = [urls, texts(chosen[args.caption_column], args.caption_column), pa.array(rows[start:end])]
-            table = pa.record_batch([*columns, digests, pa.array(positions)], schema=ROW_SCHEMA)
+            captions = texts(chosen[args.caption_column], args.caption_column)
+            arrays = [urls, captions, pa.array(rows[start:end]), digests, pa.array(positions)]
+            table = pa.record_batch(arrays, schema=ROW_SCHEMA)
             for number in np.unique(positions // per_group):
                 groups[number].write_batch(table.filter(pa.array(positions // per_group == number)))
     for number in range(len(groups)):
@@ -1202,7 +1199,7 @@ class Hashes:
         files = local_captions(str(path))
         check_columns(files, {"url": "--verify_hash", "sha256": "--verify_hash"})
         urls, digests = [np.empty(0, np.uint64)], [np.empty(0, "S64")]
-        for _, batch in read_batches(files, ["url", "sha256"]):
+        for _, batch in read_batches(files, {"url": TEXT, "sha256": pa.string()}):
             batch = batch.filter(pc.is_valid(batch["sha256"]))
             urls.append(url_hashes(texts(batch["url"], "url")))
             digests.append(np.asarray(batch["sha256"].to_pylist(), "S64"))
@@ -1377,16 +1374,24 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     return parts.scheme, host, port, target
 
 
-def opts_out(headers: http.client.HTTPMessage) -> bool:
-    """Whether an X-Robots-Tag header forbids the use, to everyone or to us. `"otherbot: noai"` does not."""
+def opt_out_of(headers: http.client.HTTPMessage) -> str | None:
+    """The X-Robots-Tag header that forbids the use, to everyone or to us. `"otherbot: noai"` does not."""
     for value in headers.get_all("X-Robots-Tag", []):
         robot = "*"  # a name holds for what follows it in the same header
         for part in value.lower().split(","):
             *names, directive = (piece.strip() for piece in part.split(":"))
             robot = names[0] if names and names[0] not in VALUED_DIRECTIVES else robot
             if directive in OPT_OUTS and robot in ("*", ROBOT_NAME):
-                return True
-    return False
+                return value
+    return None
+
+
+def retry_after(headers: http.client.HTTPMessage) -> float:
+    """The seconds that a server asks to wait for: a number or a date in Retry-After, 0 without."""
+    value = headers.get("Retry-After", "0").strip()
+    with contextlib.suppress(ValueError):
+        return float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    return 0
 
 
 def open_socket(scheme: str, host: str, port: int, args: argparse.Namespace, deadline: float) -> socket.socket:
@@ -1445,6 +1450,7 @@ def read_body(response: http.client.HTTPResponse, wire: Any, body: Body, args: a
 def request(url: str, body: Body, args: argparse.Namespace) -> None:
     """GET one URL into `body`, following up to five redirects, each checked like the first. Raises Refused."""
     deadline = time.monotonic() + args.deadline
+    agent = USER_AGENT % (f"; +{args.user_agent}" if args.user_agent else "")
     try:
         for _ in range(6):
             scheme, host, port, target = split_url(url)
@@ -1456,15 +1462,15 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
                     connection = http.client.HTTPConnection(host, port)
                 connection.sock = wire
                 wire.allowance = 64 * 1024  # for all headers together; http.client alone would take 6 MB of them
-                connection.request("GET", target, headers={"User-Agent": USER_AGENT, "Accept": "image/*"})
+                connection.request("GET", target, headers={"User-Agent": agent, "Accept": "image/*"})
                 with connection.getresponse() as response:
-                    if args.honor_opt_outs and opts_out(response.headers):
-                        raise Refused("opt_out", response.headers["X-Robots-Tag"])
+                    if args.honor_opt_outs and (header := opt_out_of(response.headers)):
+                        raise Refused("opt_out", header)
                     if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
                         url = urllib.parse.urljoin(url, response.headers["Location"])
                         continue
                     if not 200 <= response.status < 300:
-                        raise Refused(f"http_{response.status}", response.reason)
+                        raise Refused(f"http_{response.status}", response.reason, retry_after(response.headers))
                     return read_body(response, wire, body, args)
         raise Refused("too_many_redirects")
     except TimeoutError:
@@ -1489,12 +1495,15 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
             return body
         except Refused as refused:
             body.close()
-            passing = refused.reason in PASSING or refused.reason.startswith("http_5")
+            passing = refused.reason.startswith(("http_5", *PASSING))
             failures += passing
             busy += refused.reason == "busy"
+            wait = max(refused.wait, min(4, 0.5 * 2 ** (failures + busy)))
             if failures > args.retries or busy > 2 or not (passing or refused.reason == "busy"):
                 raise
-            time.sleep(min(4, 0.5 * 2 ** (failures + busy)))
+            if wait > args.deadline:  # too long for a thread to stand still: --retry_failed asks again
+                raise
+            time.sleep(wait)
         except BaseException:
             body.close()
             raise
@@ -1553,8 +1562,10 @@ def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int,
     Image.MAX_IMAGE_PIXELS = None  # ours is stricter, and a refusal instead of a warning
     try:
         image = Image.open(stream, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise Refused("not_an_image", "unknown format") from None
     except Exception as error:  # a header made to break the parser may raise anything
-        raise Refused("not_an_image", str(error) if "BytesIO" not in str(error) else "unknown format") from None
+        raise Refused("not_an_image", str(error)) from None
     try:
         with image:
             width, height = image.size
@@ -1607,6 +1618,14 @@ def recorded(parquet: Path) -> dict[str, Any] | None:
         return None
 
 
+def request_of(parquet: Path) -> dict[str, Any] | None:
+    """The manifest's head at the time when a shard was written; None if the file can't be read, or isn't ours."""
+    try:
+        return json.loads((pq.read_schema(parquet).metadata or {})[b"request"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 def is_done(folder: Path, name: str) -> bool:
     tar, entry = folder / f"{name}.tar", recorded(folder / f"{name}.parquet")
     return entry is not None and tar.is_file() and tar.stat().st_size == entry["bytes"]
@@ -1617,7 +1636,8 @@ def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tup
     tar, parquet = folder / f"{name}.tar", folder / f"{name}.parquet"
     entry = write_tar(hidden(tar), samples)  # on the disk before the parquet that vouches for it has its name
     vouching = {"tar_bytes": str(entry["bytes"]), "tar_sha256": entry["sha256"]}
-    pq.write_table(table.replace_schema_metadata(vouching), hidden(parquet))
+    table = table.replace_schema_metadata((table.schema.metadata or {}) | vouching)
+    pq.write_table(table, hidden(parquet), write_page_checksum=True)
     put_in_place(hidden(parquet), parquet)
     put_in_place(hidden(tar), tar)
 
@@ -1643,13 +1663,21 @@ def shard_entry(folder: Path, name: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One shard at work, inside a worker: the three things that img2dataset calls for each row, in place of its own.
+# One shard at work, inside a worker.
+
+
+def download_shard(args: argparse.Namespace, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
+    """What img2dataset's distributors call in a worker: for a shard's number and the file of its rows."""
+    with Shard(*row, args) as shard:
+        shard.fetch_all()
+        shard.commit()
+    return True, row  # "it went well", to them; an error is raised, and ends the run
 
 
 class Shard:
     """Fetches, resizes and writes the rows of one shard; images wait in a spool file for `commit` to order them.
 
-    Threads call `fetch`; all else runs in the worker's main thread, so one image is decoded at a time.
+    While it is at work, the spool file is touched every second, see `Heartbeats`.
     """
 
     def __init__(self, number: int, rows_file: str, args: argparse.Namespace) -> None:
@@ -1663,57 +1691,72 @@ class Shard:
         self.spool_file = Path(rows_file).with_suffix(".spool")
         self.spool = open(self.spool_file, "wb+")
         self.progress = open(Path(rows_file).with_suffix(".progress"), "wb", buffering=0)
-        self.trouble: Exception | None = None  # what ends the shard: a full disk, above all
+        self.over = threading.Event()
+        self.heart = threading.Thread(target=self._beat, daemon=True)
 
-    def fetch(self, row: tuple[int, str], **_: Any) -> tuple[int, Body | None, str | None]:
-        """In place of `img2dataset.downloader.download_image_with_retry`."""
-        index, url = row
+    def __enter__(self) -> "Shard":
+        self.heart.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        self.heart.join()
+        self.progress.close()
+        with contextlib.suppress(OSError):  # a full disk, which has been raised already
+            self.spool.close()
+        self.spool_file.unlink()
+
+    def _beat(self) -> None:
+        while not self.over.wait(1):
+            os.utime(self.spool_file)
+
+    def fetch_all(self) -> None:
+        """Fetch the rows in threads, and decode what arrives here: one image at a time."""
+        threads = ThreadPoolExecutor(self.args.thread_count)
+        coming = iter(range(len(self.rows)))
+
+        def submit(count: int) -> set[Future]:
+            return {threads.submit(self._fetch, index) for index in itertools.islice(coming, count)}
+
         try:
-            if self.trouble:
-                raise Refused("stopped")
-            body = fetch(url, self.args, self.budget)
-            digest = body.sha256.hexdigest()
-            self.outcomes[index] |= {"sha256": digest, "downloaded_bytes": body.tell()}
-            if self.rows[index]["expected_sha256"] not in (None, digest):
-                body.close()
-                raise Refused("hash_mismatch", "the image is not the one that the hash was taken of")
-            body.index = index
-            return index, body, None
-        except Refused as refused:
-            self.outcomes[index] |= {"status": refused.reason, "detail": refused.detail[:200]}
-            return index, None, refused.reason
+            waiting = submit(2 * self.args.thread_count)  # no more bodies than these are held
+            while waiting:
+                arrived, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in arrived:
+                    self._keep(*future.result())
+                    waiting |= submit(1)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def resize(self, body: Body, _: Any = None) -> tuple[bytes | int | str | None, ...]:
-        """In place of an `img2dataset.resizer.Resizer`: the JPEG, its sides and the source's, what went wrong."""
-        outcome = self.outcomes[body.index]
+    def _fetch(self, index: int) -> tuple[int, "Body | Refused"]:
         try:
-            jpg, side, width, height = square_jpeg(body, self.args)
+            return index, fetch(self.rows[index]["url"], self.args, self.budget)
         except Refused as refused:
-            outcome |= {"status": refused.reason, "detail": refused.detail[:200]}
-            return None, None, None, None, None, refused.reason
-        outcome |= {"original_width": width, "original_height": height, "width": side, "height": side}
-        return jpg, side, side, width, height, None
+            return index, refused
 
-    def write(self, jpg: bytes | None, key: str, _caption: str | None, _meta: dict[str, Any]) -> None:
-        """In place of a method of an `img2dataset.writer`; that and `close` are all of its interface."""
-        index = int(key) % 10 ** math.ceil(math.log10(self.args.number_sample_per_shard))
+    def _keep(self, index: int, got: "Body | Refused") -> None:
         outcome = self.outcomes[index]
         try:
-            if jpg is not None and not self.trouble:
-                outcome |= {"status": "ok", "jpg_bytes": len(jpg), "offset": self.spool.tell()}
-                self.spool.write(jpg)
-            self.progress.write(b"-" if jpg is None else b"+")
-        except OSError as error:  # img2dataset would print it and go on
-            self.trouble = error
-
-    def close(self) -> None:
-        if self.trouble:
-            raise self.trouble
+            if isinstance(got, Refused):
+                raise got
+            with got:
+                digest = got.sha256.hexdigest()
+                outcome |= {"sha256": digest, "downloaded_bytes": got.tell()}
+                if self.rows[index]["expected_sha256"] not in (None, digest):
+                    raise Refused("hash_mismatch", "the image is not the one that the hash was taken of")
+                got.seek(0)
+                jpg, side, width, height = square_jpeg(got, self.args)
+            outcome |= {"original_width": width, "original_height": height, "width": side, "height": side}
+            outcome |= {"status": "ok", "jpg_bytes": len(jpg), "offset": self.spool.tell()}
+            self.spool.write(jpg)
+            self.progress.write(b"+")
+        except Refused as refused:
+            detail = re.sub(" object at 0x[0-9a-f]+", "", refused.detail)  # would be another in each run
+            outcome |= {"status": refused.reason, "detail": detail[:200]}
+            self.progress.write(b"-")
 
     def commit(self) -> None:
         """Put what came of the rows in order, beside what an earlier run had of this shard, under its final name."""
-        if any("status" not in outcome for outcome in self.outcomes):
-            raise RuntimeError(f"shard {self.name}: img2dataset left rows out")
         per_shard = self.args.number_sample_per_shard
         digits = max(1, len(str(per_shard - 1)))
         records: dict[int, dict[str, Any]] = {}
@@ -1743,82 +1786,35 @@ class Shard:
 
         self.spool.flush()
         columns = {name: [record[name] for record in ordered] for name in RESULT_SCHEMA.names}
-        commit_shard(self.folder, self.name, pa.table(columns, RESULT_SCHEMA), samples())
+        table = pa.table(columns, RESULT_SCHEMA.with_metadata({"request": json.dumps(self.args.request)}))
+        commit_shard(self.folder, self.name, table, samples())
         if old_tar:
             old_tar.close()
-        self.spool.close()
-        self.progress.close()
-        self.spool_file.unlink()
-
-
-class ShardDownloader:
-    """In place of `img2dataset.downloader.Downloader`, whose loop over the rows it runs with our parts in it.
-
-    Pickled into the workers, hence a class of this (cheap) module; img2dataset is imported where it is used.
-    """
-
-    def __init__(self, args: argparse.Namespace, **img2dataset_arguments: Any) -> None:
-        self.args = args
-        # Not img2dataset's own parts: pickle would import it before `spare_img2dataset` is called.
-        self.img2dataset_arguments = img2dataset_arguments | {"resizer": None, "sample_writer_class": None}
-
-    def __call__(self, row: tuple[int, str]) -> tuple[bool, tuple[int, str]]:
-        """Download one shard. An error is raised, not printed: every distributor hands it on to `download`."""
-        spare_img2dataset("wandb")
-        from img2dataset import downloader
-
-        shard = Shard(*row, self.args)
-        downloader.download_image_with_retry = shard.fetch
-        parts = {"resizer": shard.resize, "sample_writer_class": lambda *_: shard}
-        downloader.Downloader(**(self.img2dataset_arguments | parts)).download_shard(row)
-        shard.commit()
-        return True, row
-
-
-class ShardList(list):
-    """In place of `img2dataset.reader.Reader`: it reads all rows at once, and tries a full disk for minutes."""
-
-    column_list = ["url"]
-
-
-def spare_img2dataset(*more: str) -> None:
-    """Call before img2dataset is imported: it then goes without modules that only parts not used here would use.
-
-    0.5 s and 140 MB a process instead of 5 s and 670 MB (webdataset imports torch). albumentations would ask the
-    package index for its newest version, and Python 3.13 has no imghdr any more.
-    """
-    for name in ("webdataset", "albumentations", "imghdr", *more):
-        sys.modules.setdefault(name, types.ModuleType(name))
-
-
-class NoLogger:
-    """In place of `img2dataset.logger.LoggerProcess` without wandb: a process only to print a line for each shard."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    start = join = terminate = __init__
-
-
-def process_pool(processes_count: int, downloader: Callable, shards: ShardList, *_: Any) -> None:
-    """In place of img2dataset's `multiprocessing_distributor`, which waits for ever for a worker that was killed."""
-    workers = max(1, min(processes_count, len(shards)))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(downloader, row) for row in shards]):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Supervision: img2dataset runs in a process group of its own, which ends when this process does, however that happens.
+#
+# Of it, `img2dataset.distributor`'s three functions are called as they are, which hand shards to workers: with
+# `download_shard` for a Downloader and a list of shards for a Reader. Nothing is replaced inside of it. What else it
+# has is left out, for the sake of
+#
+#   addresses   Downloader contacts private ones and opens file:// URLs
+#   memory      Reader holds all rows, Downloader bodies of any size; Resizer decodes before it looks at the size;
+#               LoggerProcess imports it all once more, to report what `Progress` knows
+#   row order   the sample writers write images as they arrive, with the time of day
+#   outcomes    Resizer paints 16 bits white and leaves EXIF's rotation out; Downloader prints what fails in a writer
+#               and goes on, Reader tries a full disk for minutes, download() ends with 0 whatever became of the rows
+#   resuming    download() knows a shard by its number, whatever the rows
+#
+# Its multiprocessing_distributor waits for ever for a worker that was killed (`watch_workers`), none of the three
+# notices one that stands still (`Heartbeats`), and its ray_distributor does nothing without ray (`check_tools`).
 
 VERDICT = "data.py verdict: "
-PASSED_ON = "image_size encode_quality number_sample_per_shard processes_count thread_count timeout retries".split()
-PASSED_ON += ["distributor", "enable_wandb"]
+UNUSED_MODULES = ("webdataset", "albumentations", "imghdr", "wandb")
+DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
 WORKER_ENVIRONMENT = {
-    "NO_ALBUMENTATIONS_UPDATE": "1",  # for the process that reports to wandb: it imports what others are spared
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # for ray's workers, which import all of img2dataset: it would call home
     "MALLOC_ARENA_MAX": "2",  # glibc: give memory back, instead of keeping some for each of many threads
     "MALLOC_MMAP_THRESHOLD_": str(8 * MIB),
     "MALLOC_TRIM_THRESHOLD_": str(16 * MIB),
@@ -1826,42 +1822,42 @@ WORKER_ENVIRONMENT = {
 
 
 def download(config: dict[str, Any]) -> None:
-    """Runs in the child: start img2dataset with our parts, and say in one line what ended it."""
+    """Runs in the child: let img2dataset hand the shards to workers, and say in one line what ended it."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     args = argparse.Namespace(**config)
-    work = Path(args.output_dir) / ".unfinished"
+    files = sorted((Path(args.output_dir) / ".unfinished").glob("*.arrow"), key=lambda path: int(path.stem))
+    shards = [(int(path.stem), str(path)) for path in files]
+    for name in UNUSED_MODULES:  # torch comes with the first one, and Python 3.13 has no imghdr any more
+        sys.modules.setdefault(name, types.ModuleType(name))
     try:
-        spare_img2dataset(*([] if args.enable_wandb else ["wandb"]))
-        import img2dataset.main  # noqa: F401 (the package rebinds this name to a function)
+        from img2dataset import distributor
 
-        library = sys.modules["img2dataset.main"]
-        library.Downloader = functools.partial(ShardDownloader, args)
-        files = sorted(work.glob("*.arrow"), key=lambda path: int(path.stem))
-        library.Reader = lambda *_: ShardList((int(path.stem), str(path)) for path in files)
-        library.multiprocessing_distributor = process_pool
-        if not args.enable_wandb:
-            library.LoggerProcess = NoLogger
-        library.download(
-            url_list=str(work),
-            output_folder=str(work / "img2dataset"),
-            input_format="parquet",
-            caption_col=None,
-            extract_exif=False,
-            compute_hash=None,
-            wandb_project="distill-sd-data",
-            max_shard_retry=0,
-            **{name: getattr(args, name) for name in PASSED_ON},
-        )
-    except BrokenProcessPool:
-        verdict = "a worker process was killed, perhaps for want of memory"
+        distribute = getattr(distributor, f"{args.distributor}_distributor")
+        if args.distributor == "multiprocessing":
+            threading.Thread(target=watch_workers, daemon=True).start()
+        distribute(min(args.processes_count, len(shards)), functools.partial(download_shard, args), shards, 1000, 0)
     except Exception as error:
-        full = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
-        words = (str(error).strip().splitlines() or [""])[-1]
-        verdict = "the disk is full" if full else f"img2dataset failed: {type(error).__name__}: {words}"
-    else:
-        return
-    print(VERDICT + verdict, flush=True)
-    os._exit(1)  # without waiting for workers: the parent ends the group
+        text = str(error)
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            end_with("the disk is full", may_pass=True)
+        traceback.print_exc()
+        end_with(f"{type(error).__name__}: {(text.strip().splitlines() or [''])[-1]}", may_pass=False)
+
+
+def end_with(words: str, may_pass: bool) -> NoReturn:
+    """Tell the parent what ended the child, without waiting for workers: it ends the group."""
+    print(VERDICT + json.dumps([words, may_pass]), flush=True)
+    os._exit(1)
+
+
+def watch_workers() -> None:
+    """End the child when a process of its pool is killed: the pool would wait for the lost shard for ever."""
+    workers: set[Any] = set()
+    while True:
+        workers.update(active_children())
+        if any(worker.exitcode not in (None, 0, -signal.SIGTERM) for worker in workers):  # SIGTERM: the pool's own
+            end_with("a worker process was killed, perhaps for want of memory", may_pass=True)
+        time.sleep(0.5)
 
 
 def die_with_parent() -> None:
@@ -1882,12 +1878,41 @@ def end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
+class Heartbeats:
+    """Notices a worker that stands still: stopped, swapped out, or on a machine that is gone.
+
+    Only changes count, no clocks: those of the machines may differ.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.work = Path(args.output_dir) / ".unfinished"
+        local = args.distributor == "multiprocessing"
+        self.patience = args.deadline + (10 if local else 120)  # a shared disk shows a change after a while only
+        self.start = self.patience + 60 if local else math.inf  # a cluster may let us wait until it has room
+        self.beats: dict[Path | None, tuple[Any, float]] = {}
+
+    def check(self) -> None:
+        """Raise DataError if a shard at work, or if nothing at all, has changed for too long."""
+        now, beats = time.monotonic(), {}
+        for path in self.work.glob("*.spool"):
+            with contextlib.suppress(FileNotFoundError):  # finished this moment
+                beats[path] = path.stat().st_mtime_ns
+        for path, beat in [*beats.items(), (None, sorted(beats.items()))]:
+            if self.beats.get(path, ("",))[0] != beat:
+                self.beats[path] = beat, now
+            since = now - self.beats[path][1]
+            if since > (self.patience if path else self.start):
+                shard = f"at shard {path.stem}" if path else "before its next shard"
+                raise DataError(f"a worker has stood still for {since:.0f} s, {shard}. {KEPT}")
+
+
 def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None]) -> None:
     """Run `download` in a child, calling `while_running` five times a second. Raises DataError with what ended it."""
     here = str(Path(__file__).resolve().parent)
     code = "import sys, json; sys.path[0] = sys.argv[1]; import data; data.download(json.loads(sys.argv[2]))"
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     environment = os.environ | WORKER_ENVIRONMENT | {"PYTHONPATH": path}
+    heartbeats = Heartbeats(args)
     child = subprocess.Popen(
         [sys.executable, "-c", code, here, json.dumps(vars(args))],
         stdin=subprocess.PIPE,
@@ -1898,12 +1923,13 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
         env=environment,
         start_new_session=True,
     )
-    last_lines: collections.deque[str] = collections.deque(maxlen=20)
+    last_lines: collections.deque[str] = collections.deque(maxlen=40)
     reader = threading.Thread(target=lambda: last_lines.extend(child.stdout), daemon=True)
     reader.start()
     try:
         while child.poll() is None:
             while_running()
+            heartbeats.check()
             time.sleep(0.2)
     finally:
         end_group(child.pid)
@@ -1911,10 +1937,14 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
         while_running()
     reader.join(2)
     if child.returncode:
-        verdicts = [line.removeprefix(VERDICT).strip() for line in last_lines if line.startswith(VERDICT)]
-        killed = f"img2dataset's process was killed by signal {-child.returncode}"
-        said = f"img2dataset ended with code {child.returncode}: {' / '.join(list(last_lines)[-3:]).strip()}"
-        raise DataError(verdicts[0] if verdicts else killed if child.returncode < 0 else said)
+        verdict = next((line for line in last_lines if line.startswith(VERDICT)), None)
+        if verdict or child.returncode < 0:
+            killed = f"img2dataset's process was killed by signal {-child.returncode}", True
+            words, may_pass = json.loads(verdict.removeprefix(VERDICT)) if verdict else killed
+            if may_pass:
+                raise DataError(f"{words}. {KEPT}")
+        sys.stderr.writelines(line for line in last_lines if not line.startswith(VERDICT))
+        raise DataError(f"a fault in data.py or img2dataset: {words if verdict else f'exit code {child.returncode}'}")
 
 
 class Progress:
@@ -1924,21 +1954,27 @@ class Progress:
     nothing but the file system that the shards need anyway, whichever distributor runs.
     """
 
-    def __init__(self, folder: Path, head: dict[str, Any], names: Sequence[str], rows: int, rows_done: int) -> None:
+    def __init__(self, args: argparse.Namespace, names: Sequence[str], rows: int, to_do: int) -> None:
         from tqdm import tqdm
 
-        self.folder, self.head = folder, head
-        self.entries = {name: shard_entry(folder, name) for name in names if is_done(folder, name)}
-        self.names = names
-        self.seen: collections.Counter[str] = collections.Counter()
+        self.folder, self.head, self.names = Path(args.output_dir), args.request, names
+        self.entries = {name: shard_entry(self.folder, name) for name in names if is_done(self.folder, name)}
+        self.seen: collections.Counter[str] = collections.Counter()  # bytes, by shard
+        self.listed: set[str] = set()  # finished in this run, and in the manifest
         self.images = 0
         self.started = time.monotonic()
-        self.bar = tqdm(total=rows, initial=rows_done, unit=" rows", dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(total=rows, initial=rows - to_do, unit=" rows", dynamic_ncols=True, mininterval=0.5)
+        self.wandb = None
+        if args.enable_wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="distill-sd-data", config=args.request)
         self.save(complete=False)
 
     def look(self) -> None:
-        """Read what workers have reported since; once a minute, bring the manifest up to date."""
-        for path in (self.folder / ".unfinished").glob("*.progress"):
+        """Read what workers have reported since, and list the shards that they have finished in the manifest."""
+        work = self.folder / ".unfinished"
+        for path in work.glob("*.progress"):
             with open(path, "rb") as file:
                 file.seek(self.seen[path.stem])
                 news = file.read()
@@ -1948,48 +1984,127 @@ class Progress:
         if rows := self.seen.total():
             speed = self.images / (time.monotonic() - self.started)
             self.bar.set_postfix_str(f"{speed:.1f} images/s, {self.images / rows:.0%} ok", refresh=False)
-        if time.monotonic() - self.saved > 60:
+        finished = self.seen.keys() - self.listed - {path.stem for path in work.glob("*.spool")}
+        if finished and time.monotonic() - self.saved > 10 * self.saving:  # a large manifest takes a second
+            for name in finished:
+                if is_done(self.folder, name):
+                    self.entries[name] = shard_entry(self.folder, name)
+            self.listed |= finished
             self.save(complete=False)
 
     def save(self, complete: bool) -> None:
-        """Write the manifest with the shards that are done by now."""
-        for name in self.seen:
-            if is_done(self.folder, name):
-                self.entries[name] = shard_entry(self.folder, name)
+        """Write the manifest."""
+        started = time.monotonic()
         entries = [self.entries[name] for name in self.names if name in self.entries]
         write_manifest(self.folder, self.head | {"complete": complete}, entries)
         self.saved = time.monotonic()
+        self.saving = self.saved - started
+        if self.wandb:
+            self.wandb.log({"rows": self.seen.total(), "images": self.images, "shards": len(entries)})
+
+    def close(self) -> None:
+        """After the workers' end: the manifest as the shards are now."""
+        self.bar.close()
+        self.entries = {name: shard_entry(self.folder, name) for name in self.names if is_done(self.folder, name)}
+        self.save(complete=len(self.entries) == len(self.names))
+        if self.wandb:
+            self.wandb.finish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after: what is about to happen, what came of it, and whether a folder is sound.
 
 
-def claim_folder(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Make or enter the output folder. Returns its manifest, None for a new one. Raises UserError if it isn't ours."""
+@contextlib.contextmanager
+def claim_folder(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any] | None]:
+    """Make or enter the output folder, and hold it until the end. Yields its manifest, None for a new one.
+
+    Where no shard is finished by the end, nothing of ours is left. Raises UserError if the folder isn't ours.
+    """
     import fcntl  # here: Windows has none, and reads shards without
 
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Held until this process ends. Not a file in the folder, which would have to be cleaned up.
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--output_dir {folder} is a file") from None
-    except BlockingIOError:
-        raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
-    manifest = read_manifest(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"--output_dir {folder} is a file") from None
+        try:
+            # Not a lock on a file in the folder, which would have to be cleaned up.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            manifest = our_manifest(folder, args)
+            try:
+                yield manifest
+            finally:
+                clear_unfinished(folder)
+                if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
+                    (folder / "manifest.json").unlink(missing_ok=True)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
+        finally:
+            os.close(descriptor)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The folder's manifest, rebuilt if it was lost; None for a folder to begin in. Raises UserError, see there."""
+    path = folder / "manifest.json"
+    finish_renames(folder)
+    requests = list(filter(None, map(request_of, folder.glob("*.parquet"))))
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        if not requests:
+            raise
+        path.rename(path.with_suffix(".damaged"))
+        manifest = None
+    if manifest is None and requests:
+        print(f"{path} is lost or damaged: it is made anew from the tables of {len(requests)} shards.")
+        manifest = max(requests, key=lambda request: request["rows"]["chosen"])  # of a folder that grew, the last
     if manifest is None:
-        strangers = sorted({path.name for path in folder.iterdir()} - {".manifest.json.part"})
-        if strangers:
+        if strangers := sorted({path.name for path in folder.iterdir()} - {".manifest.json.part", ".unfinished"}):
             found = ", ".join(strangers[:3])
             raise UserError(f"--output_dir {folder} holds {found} but no manifest.json: data.py did not make it")
         return None
     if manifest.get("format") != FORMAT or "latents" in manifest:
-        raise UserError(f"{folder / 'manifest.json'} was not written by this version of data.py ({FORMAT!r})")
-    if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
+        raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
+    if not any(folder.glob("*.parquet")):
         return None  # nothing there that other settings could be mixed with
-    refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in SETTINGS})
+    then = manifest["settings"]
+    refuse_difference(
+        folder, *({name: settings.get(name) for name in IMAGE_SETTINGS} for settings in (then, vars(args)))
+    )
     return manifest
+
+
+def refuse_other_rows(folder: Path, then: dict[str, Any], now: dict[str, Any], order: np.ndarray) -> None:
+    """Raise UserError unless the rows of a folder are the first ones of `order`: then more may follow.
+
+    It names the settings that differ, though a filter in another spelling or a renamed table changes no row.
+    """
+    count, was, given = then["rows"]["chosen"], then["input"], now["input"]
+    digests = [[file["sha256"] for file in source["files"]] for source in (was, given)]
+    same = rows_digest(order[:count]) == was["chosen_rows_sha256"] and len(order) >= count
+    column = now["settings"]["verify_hash"] if given["verify_hash_sha256"] is None else None
+    same_hashes = was["verify_hash_sha256"] == given["verify_hash_sha256"]
+    if column is not None or was["verify_hash_sha256"] is None:
+        same_hashes &= column == then["settings"]["verify_hash"]
+    if same and same_hashes and digests[0] == digests[1]:
+        return
+    settings = [
+        {name: head["settings"].get(name) for name in ROW_SETTINGS}
+        | {"revision": head["input"]["revision"], "files": [file["name"] for file in head["input"]["files"]]}
+        for head in (then, now)
+    ]
+    refuse_difference(folder, *settings)
+    refuse_difference(
+        folder, {"content of the captions' files": digests[0]}, {"content of the captions' files": digests[1]}
+    )
+    raise UserError(f"--output_dir {folder} was made of other rows. Use another folder")
 
 
 def refuse_difference(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -1997,6 +2112,49 @@ def refuse_difference(folder: Path, then: dict[str, Any], now: dict[str, Any]) -
     differences = [f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in now if then.get(key) != now.get(key)]
     if differences:
         raise UserError(f"--output_dir {folder} was made otherwise: {'; '.join(differences)}. Use another folder")
+
+
+def rows_digest(order: np.ndarray) -> str:
+    return hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
+
+
+def forget_damaged(folder: Path, names: Sequence[str]) -> list[str]:
+    """Read the finished shards back. Of a damaged one the table is removed, so that all its rows are fetched again.
+
+    Returns a sentence for each. Its tar stays until another is put in its place.
+    """
+    from tqdm import tqdm
+
+    begun = [name for name in names if any((folder / f"{name}{suffix}").exists() for suffix in (".tar", ".parquet"))]
+    if not begun:
+        return []
+    faults = []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda name: table_fault(folder / f"{name}.parquet"), begun)
+        for name, fault in zip(begun, tqdm(found, "Reading back", len(begun), unit=" shards"), strict=True):
+            if fault is not None:
+                (folder / f"{name}.parquet").unlink(missing_ok=True)
+                faults.append(f"{name}.tar {fault}: its rows are fetched again.")
+    return faults
+
+
+def table_fault(parquet: Path) -> str | None:
+    """What is wrong with a finished shard's table, or with its tar by what the table records. None: nothing."""
+    entry = recorded(parquet)
+    try:
+        pq.read_table(parquet, page_checksum_verification=True)
+    except (OSError, ValueError):
+        entry = None
+    return "has no sound table" if entry is None else tar_fault(parquet.with_suffix(".tar"), entry)
+
+
+def tar_fault(tar: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with a shard by its recorded size and hash. None: nothing."""
+    if not tar.is_file():
+        return "is missing"
+    if tar.stat().st_size != entry["bytes"]:
+        return f"has {tar.stat().st_size} bytes instead of {entry['bytes']}"
+    return None if file_sha256(tar) == entry["sha256"] else "differs from its SHA-256"
 
 
 def check_tools(args: argparse.Namespace) -> None:
@@ -2028,18 +2186,26 @@ def clear_unfinished(folder: Path) -> Path:
     return folder / ".unfinished"
 
 
-def keep_rows_to_do(folder: Path, work: Path, names: Sequence[str], retry_failed: bool) -> int:
-    """Of the shards that are done, leave only the rows to try again, if any. Returns the number of rows to do."""
+def keep_rows_to_do(folder: Path, work: Path, names: Sequence[str], retry: Sequence[str] | None) -> int:
+    """Of the shards that are done, leave only new rows, and those to try again. Returns the number of rows to do.
+
+    `retry` is None for no row, empty for those whose failure may pass, ["all"] for every row that failed.
+    """
+
+    def wanted(status: str) -> bool:
+        return retry is not None and status != "ok" and (bool(retry) or status.startswith(("http_5", *PASSING_LATER)))
+
     to_do = 0
     for name in names:
         path = work / f"{name}.arrow"
         with pa.ipc.open_file(path) as reader:
             table = reader.read_all()
         if is_done(folder, name):
-            status = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"]
-            table = table.filter(pc.not_equal(status, "ok")) if retry_failed else table.slice(0, 0)
+            there = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"].to_pylist()
+            again = [place for place in range(len(table)) if place >= len(there) or wanted(there[place])]
+            table = table.take(pa.array(again, pa.int64()))
             path.unlink()
-            if len(table):
+            if again:
                 write_rows(path, table)
         to_do += len(table)
     return to_do
@@ -2062,44 +2228,70 @@ def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
     return outcomes["ok"], "\n".join(["Outcomes:", *lines])
 
 
-def check_folder(folder: Path) -> list[str]:
-    """Read every shard against the manifest and open every image or latent. Returns what is wrong, in sentences."""
+def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
+    """Open every image or latent, and compare shards with the manifest, if there is one. Prints what the folder holds.
+
+    Returns what is wrong, in sentences. Raises UserError for a folder that holds nothing.
+    """
     from tqdm import tqdm
 
+    shards = shards_in(folder)
+    if not shards and not (folder / "manifest.json").exists() and (nothing := why_no_images(folder)):
+        raise UserError(nothing[0].replace("--train_data_dir", "--check"))
     try:
         manifest = read_manifest(folder)
     except UserError as error:
         return [str(error)]
-    if manifest is None:
-        raise UserError(f"--check {folder}: there is no manifest.json")
-    problems = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
-    named = {entry["name"] for entry in manifest["shards"]}
-    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in named)
-    problems += [f"{name} is not in the manifest" for name in strangers]
-    total = sum(entry["count"] for entry in manifest["shards"])
-    variants = manifest["latents"]["variants"] if "latents" in manifest else None
-    with tqdm(total=total, unit=" images", dynamic_ncols=True) as bar, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for entry in manifest["shards"]:
-            found = check_shard(folder / entry["name"], entry, variants, threads, bar.update)
-            problems += [f"{entry['name']}: {problem}" for problem in found]
-    return problems
+    try:
+        rows = (
+            ImageFolder(folder, caption_column) if not shards and not manifest else ShardFolder(folder, caption_column)
+        )
+        print("\n".join(rows.describe()))
+        problems = []
+    except UserError as error:  # which follows from the problems below, if there are some
+        rows, problems = (), [str(error)]
+    progress = functools.partial(tqdm, unit=" images", dynamic_ncols=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        if manifest is None:
+            if any(map(request_of, folder.glob("*.parquet"))):
+                problems.append("manifest.json is lost: the command that made the folder makes it anew")
+            found = threads.map(functools.partial(row_fault, rows), range(len(rows)))
+            return problems + list(filter(None, progress(found, total=len(rows))))
+        faults = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
+        named = {entry["name"] for entry in manifest["shards"]}
+        faults += [f"{path.name} is not in the manifest" for path in shards if path.name not in named]
+        variants = manifest["latents"]["variants"] if "latents" in manifest else None
+        with progress(total=sum(entry["count"] for entry in manifest["shards"])) as bar:
+            for entry in manifest["shards"]:
+                found = check_shard(folder / entry["name"], entry, variants, threads, bar.update)
+                faults += [f"{entry['name']} {fault}" for fault in found]
+    return faults or problems
+
+
+def row_fault(rows: ShardFolder | ImageFolder, index: int) -> str | None:
+    """What is wrong with a sample that no manifest speaks of. None: nothing."""
+    shards = isinstance(rows, ShardFolder)
+    file = rows.paths[rows.places[index]["shard"]].name if shards else rows.table["image"][index].as_py()
+    try:
+        row = rows[index]
+        decode_image(row["image"]["bytes"])
+    except Exception as error:
+        return f"{file}: sample {index} can't be decoded: {type(error).__name__}"
+    return None if isinstance(row["text"], str) else f"{file}: sample {index} has no caption that can be read"
 
 
 def check_shard(
     path: Path, entry: dict[str, Any], variants: int | None, threads: ThreadPoolExecutor, tick: Callable
 ) -> Iterator[str]:
     """Yield what is wrong with one shard, its entry in the manifest and, if it is of images, its parquet."""
+    if fault := tar_fault(path, entry):
+        yield fault
     if not path.is_file():
-        yield "is missing"
         return
-    if path.stat().st_size != entry["bytes"]:
-        yield f"has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-    elif file_sha256(path) != entry["sha256"]:
-        yield "differs from the SHA-256 in the manifest"
     try:
         found = list(walk_tar(path))
         if variants is None:
-            table = pq.read_table(path.with_suffix(".parquet"))
+            table = pq.read_table(path.with_suffix(".parquet"), page_checksum_verification=True)
             keys, suffixes = table.filter(pc.equal(table["status"], "ok"))["key"].to_pylist(), (".jpg", ".txt")
         else:
             keys, suffixes = [name.removesuffix(".npy") for name, *_ in found[::2]], (".npy", ".json")
@@ -2140,17 +2332,19 @@ def check_shard(
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line.
 
+CAPTION_COLUMN = "generated_caption"  # of the default dataset
 FLAGS = {
     "captions": [
         Flag("dataset_name", str, "recastai/LAION-art-EN-improved-captions", None,
              "Hub dataset; only its parquet files"),
         Flag("revision", str, None, None,
              "commit, branch or tag; default: the commit that the folder was made from, or main"),
-        Flag("caption_file", str, None, None, "a local parquet file, or a folder of them, instead of a Hub dataset"),
+        Flag("caption_file", str, None, None,
+             "a local parquet, csv, tsv, json, jsonl or txt table, or a folder of some, instead of a Hub dataset"),
         Flag("url_column", str, "url", None, "column with the URL of the image"),
-        Flag("caption_column", str, "generated_caption", None, "column with the caption"),
+        Flag("caption_column", str, CAPTION_COLUMN, None, "column with the caption"),
         Flag("filter", str, [], None, 'rows to keep, as in "punsafe<0.1"', nargs="+", action="extend", metavar="TEST"),
-        Flag("max_samples", int, 250_000, AT_LEAST_1, "rows to fetch, after the shuffle"),
+        Flag("max_samples", int, 250_000, AT_LEAST_1, "rows to fetch, after the shuffle; a folder may grow by it"),
         Flag("seed", int, 0, AT_LEAST_0, "of the shuffle"),
     ],
     "images": [
@@ -2173,19 +2367,23 @@ FLAGS = {
     "download": [
         Flag("processes_count", int, min(8, os.cpu_count() or 1), AT_LEAST_1, "processes; each works on one shard"),
         Flag("thread_count", int, 128, AT_LEAST_1, "requests at a time in each process"),
-        Flag("distributor", str, "multiprocessing", ("multiprocessing", "pyspark", "ray"),
+        Flag("distributor", str, "multiprocessing", DISTRIBUTORS,
              "the last two need a file system that all machines share"),
         Flag("number_sample_per_shard", int, 5000, AT_LEAST_1, "rows in a shard"),
         Flag("timeout", float, 10, at_least(0.001), "seconds for the connection, and between two pieces of an answer"),
         Flag("deadline", float, 30, at_least(0.001), "seconds for a whole request, redirects included"),
         Flag("retries", int, 1, AT_LEAST_0, "more tries after a failure that may pass"),
+        Flag("user_agent", str, None, None, "an address or page of yours, which servers are told beside distill-sd",
+             metavar="CONTACT"),
     ],
     "output": [
         Flag("output_dir", str, "laion_art", None, "new, or made by the same command: then the run goes on"),
         Flag("min_success", float, 0.5, FROM_0_TO_1, "exit code 0 needs this share of the rows to become images"),
-        Flag("retry_failed", bool, False, None, "try the rows again that failed in an earlier run"),
-        Flag("enable_wandb", bool, False, None, "img2dataset reports to wandb"),
-        Flag("check", str, None, None, "read a finished folder back, open every image, and say what is wrong",
+        Flag("retry_failed", str, None, ("all",),
+             "try the rows again that failed in an earlier run, if that may pass (time-outs, 408, 429, 5xx, broken "
+             "connections, names not found), or all that failed", nargs="*"),
+        Flag("enable_wandb", bool, False, None, "report to wandb"),
+        Flag("check", str, None, None, "read a folder back, open every image, say what it holds and what is wrong",
              metavar="DIR"),
     ],
 }  # fmt: skip
@@ -2209,8 +2407,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
             problems.append(f"--filter must be a column, one of {signs}, a value, as {example}; got {text!r}")
     if args.revision and args.caption_file:
         problems.append("--revision belongs to a Hub dataset, --caption_file is a local one: give one of them")
+    if args.user_agent and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", args.user_agent):
+        problems.append(f"--user_agent must be printable ASCII, got {args.user_agent!r}")
     if problems:
         parser.error("\n  " + "\n  ".join(problems))
+    args.request = None  # the manifest's head, which every shard's table keeps: `main` fills it in
     return args
 
 
@@ -2218,90 +2419,88 @@ def main(args: argparse.Namespace) -> int:
     """Returns the exit code. What it may raise is in `run`, which puts it in a sentence."""
     # 1. Only reading back
     if args.check:
-        problems = check_folder(Path(args.check))
-        opened = "image opens" if latents_of(Path(args.check)) is None else "image's latents load"
-        print("\n".join(problems) or f"{args.check}: everything is as the manifest says, and every {opened}.")
+        folder = Path(args.check)
+        column = "text" if args.caption_column == CAPTION_COLUMN else args.caption_column
+        problems = check_folder(folder, column)
+        opened = "image opens" if latents_of(folder) is None else "image's latents load"
+        print("\n".join(problems) or f"{folder}: everything is as the manifest says, and every {opened}.")
         return 1 if problems else 0
 
     # 2. Refuse what can't work, before anything is downloaded
     check_tools(args)
     args.output_dir = str(Path(args.output_dir).absolute())
     folder = Path(args.output_dir)
-    manifest = claim_folder(folder, args)
+    with claim_folder(folder, args) as manifest:
+        # 3. Captions: the files, their hashes, the columns
+        if args.caption_file:
+            commit, files = None, local_captions(args.caption_file)
+        else:
+            revision = args.revision or (manifest and manifest["input"]["revision"])
+            print(f"Captions: {args.dataset_name} from the Hub, revision {revision or 'main'}.")
+            commit, files = fetch_captions(args.dataset_name, revision)
+        wanted = {args.url_column: "--url_column", args.caption_column: "--caption_column"}
+        wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
+        expected = None
+        if args.verify_hash and Path(args.verify_hash).exists():
+            expected = Hashes(Path(args.verify_hash))
+        elif args.verify_hash:
+            wanted[args.verify_hash] = "--verify_hash (no such path, so taken for a column)"
+        check_columns(files, wanted)
 
-    # 3. Captions: the files, their hashes, the columns
-    if args.caption_file:
-        commit, files = None, local_captions(args.caption_file)
-    else:
-        revision = args.revision or (manifest and manifest["input"]["revision"])
-        print(f"Captions: {args.dataset_name} from the Hub, revision {revision or 'main'}.")
-        commit, files = fetch_captions(args.dataset_name, revision, resumed=manifest is not None)
-    wanted = {args.url_column: "--url_column", args.caption_column: "--caption_column"}
-    wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
-    expected = None
-    if args.verify_hash and Path(args.verify_hash).exists():
-        expected = Hashes(Path(args.verify_hash))
-    elif args.verify_hash:
-        wanted[args.verify_hash] = "--verify_hash (no such path, so taken for a column)"
-    check_columns(files, wanted)
+        # 4. Choose the rows, the same ones each time
+        order, total, dropped = select_rows(files, args)
+        rows = len(order)
+        if not rows:
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)
+            raise UserError(f"none of the {total:,} rows is left to fetch ({reasons})")
+        args.request = {
+            "format": FORMAT,
+            "settings": {name: getattr(args, name) for name in ROW_SETTINGS + IMAGE_SETTINGS},
+            "input": {
+                "dataset_name": args.dataset_name,
+                "revision": commit,
+                "files": [{"name": name, "sha256": file_sha256(path)} for name, path in files],
+                "chosen_rows_sha256": rows_digest(order),
+                "verify_hash_sha256": expected and expected.fingerprint(),
+            },
+            "rows": {"read": total, "dropped": dropped, "chosen": rows},
+        }
+        if manifest:
+            refuse_other_rows(folder, manifest, args.request, order)
+        else:
+            write_manifest(folder, args.request | {"complete": False}, [])  # from here on it is known as ours
+        names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
+        faults = forget_damaged(folder, names)
 
-    # 4. Choose the rows, the same ones each time
-    order, total, dropped = select_rows(files, args)
-    rows = len(order)
-    if not rows:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)
-        raise DataError(f"none of the {total:,} rows is left to fetch ({reasons})")
-    source = {
-        "dataset_name": args.dataset_name,
-        "revision": commit,
-        "files": [{"name": name, "sha256": file_sha256(path)} for name, path in files],
-        "chosen_rows_sha256": hashlib.sha256(order.astype("<i8").tobytes()).hexdigest(),
-        "verify_hash_sha256": expected and expected.fingerprint(),
-    }
-    if manifest:
-        refuse_difference(folder, manifest["input"], source)
-    head = {
-        "format": FORMAT,
-        "complete": False,
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "input": source,
-        "rows": {"read": total, "dropped": dropped, "chosen": rows},
-    }
-    if manifest is None:
-        write_manifest(folder, head, [])  # from here on the folder is known as ours
-    work = clear_unfinished(folder)
+        # 5. Say what is about to happen
+        work = clear_unfinished(folder)
+        work.mkdir()
+        write_shard_inputs(files, order, work, args, expected)
+        to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
+        del order, expected
+        print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
+        for reason, count in dropped.items():
+            print(f"  dropped, {reason}: {count:,}")
+        print(f"Rows chosen: {rows:,}, in {len(names):,} shards of {args.number_sample_per_shard:,} in {folder}")
+        print("".join(f"{fault}\n" for fault in faults), end="")
+        print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
+        need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9
+        print(f"Disk space: up to about {need:,.2f} GB if every row gives an image; {free:,.2f} GB are free.")
+        if need > free:
+            print("That may not fit. The run stops when the disk is full, and the same command goes on from there.")
+        if not args.verify_hash:
+            print("Images can't be compared with those that the captions were written for: no hash is known.")
 
-    # 5. Say what is about to happen
-    names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
-    work.mkdir()
-    write_shard_inputs(files, order, work, args, expected)
-    to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
-    del order, expected
-    print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
-    for reason, count in dropped.items():
-        print(f"  dropped, {reason}: {count:,}")
-    print(f"Rows chosen: {rows:,}, in {len(names):,} shards of {args.number_sample_per_shard:,} in {folder}")
-    print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
-    need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9
-    print(f"Disk space: up to about {need:,.2f} GB if every row gives an image; {free:,.2f} GB are free.")
-    if need > free:
-        print("That may not fit. The run stops when the disk is full, and the same command goes on from there.")
-    if not args.verify_hash:
-        print(
-            "Images can't be compared with what the captions were written for: no hash is known (see --verify_hash)."
-        )
-
-    # 6. Download, shard by shard
-    progress = Progress(folder, head, names, rows, rows - to_do)
-    try:
-        if to_do:
-            run_img2dataset(args, progress.look)
-    finally:
-        progress.bar.close()
-        clear_unfinished(folder)
-        progress.save(complete=all(is_done(folder, name) for name in names))
-        images, table = summarize(folder, names)
-        print(table)
+        # 6. Download, shard by shard
+        progress = Progress(args, names, rows, to_do)
+        try:
+            if to_do:
+                run_img2dataset(args, progress.look)
+        finally:
+            clear_unfinished(folder)
+            progress.close()
+            images, table = summarize(folder, names)
+            print(table)
 
     # 7. The truth
     print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
@@ -2315,19 +2514,20 @@ def run(args: argparse.Namespace) -> int:
     """`main`, with every foreseeable end put in one sentence. Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     sys.stdout.reconfigure(line_buffering=True)
-    again = "Finished shards are kept; the same command goes on from there."
     try:
         return main(args)
     except UserError as error:
         sentence, code = str(error), 2
     except DataError as error:
         sentence, code = str(error), 1
-        if "min_success" not in sentence:
-            sentence += f". {again}"
     except KeyboardInterrupt:
-        sentence, code = f"stopped. {again}", 130
+        sentence, code = f"stopped. {KEPT}", 130
     except OSError as error:
-        sentence, code = f"{error.filename or 'the disk'}: {error.strerror or error}. {again}", 1
+        if error.errno is None:
+            raise  # of a library, not of the system: a bug
+        sentence, code = f"{error.filename or 'the system'}: {error.strerror}", 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence = f"the disk is full. {KEPT}"
     print(f"data.py: {sentence}", file=sys.stderr)
     return code
 

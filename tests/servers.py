@@ -101,6 +101,7 @@ class Server:
     def __init__(self) -> None:
         self.hits: collections.Counter[str] = collections.Counter()
         self.agents: set[str] = set()
+        self.times: list[float] = []  # of all requests
         self.closing = threading.Event()
         owner = self
 
@@ -109,6 +110,7 @@ class Server:
 
             def do_GET(self) -> None:
                 owner.hits[self.path.split("?")[0]] += 1
+                owner.times.append(time.monotonic())
                 owner.agents.add(self.headers.get("User-Agent", ""))
                 try:
                     owner.answer(self)
@@ -228,7 +230,10 @@ class ImageServer(Server):
 
 
 class HubServer(Server):
-    """One dataset, `owner/captions`, with one commit. Set `corrupt` to the number of answers with a flipped byte."""
+    """One dataset, `owner/captions`, with one commit.
+
+    `corrupt` answers have a flipped byte; `failing` has, for a part of a path, the statuses that come first.
+    """
 
     REPO = "owner/captions"
     COMMIT = "e6c521268541ec449e3d367ad0912f2bf7dadd48"
@@ -238,13 +243,18 @@ class HubServer(Server):
             path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
         self.corrupt = 0
+        self.failing: dict[str, list[int]] = {}
+        self.retry_after = "0"
         self.commits = [self.COMMIT]
         super().__init__()
 
     def answer(self, request) -> None:
         path = request.path.split("?")[0].lstrip("/")
-        commit = self.commits[-1]
-        if path.startswith("api/datasets/owner/gated"):
+        commit, asked = self.commits[-1], f"{request.command} /{path}"
+        failures = next((statuses for part, statuses in self.failing.items() if part in asked and statuses), [])
+        if failures:
+            self.send(request, failures.pop(0), Retry_After=self.retry_after)
+        elif path.startswith("api/datasets/owner/gated"):
             self.send(request, 403, X_Error_Code="GatedRepo")
         elif not (path.startswith(f"api/datasets/{self.REPO}/") or path.startswith(f"datasets/{self.REPO}/resolve/")):
             self.send(request, 404, X_Error_Code="RepoNotFound")
