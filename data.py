@@ -2084,27 +2084,26 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
 def refuse_other_rows(folder: Path, then: dict[str, Any], now: dict[str, Any], order: np.ndarray) -> None:
     """Raise UserError unless the rows of a folder are the first ones of `order`: then more may follow.
 
-    It names the settings that differ, though a filter in another spelling or a renamed table changes no row.
+    It names all that differs, though a filter in another spelling or a renamed table changes no row.
     """
-    count, was, given = then["rows"]["chosen"], then["input"], now["input"]
-    digests = [[file["sha256"] for file in source["files"]] for source in (was, given)]
-    same = rows_digest(order[:count]) == was["chosen_rows_sha256"] and len(order) >= count
-    column = now["settings"]["verify_hash"] if given["verify_hash_sha256"] is None else None
-    same_hashes = was["verify_hash_sha256"] == given["verify_hash_sha256"]
-    if column is not None or was["verify_hash_sha256"] is None:
-        same_hashes &= column == then["settings"]["verify_hash"]
-    if same and same_hashes and digests[0] == digests[1]:
-        return
-    settings = [
-        {name: head["settings"].get(name) for name in ROW_SETTINGS}
-        | {"revision": head["input"]["revision"], "files": [file["name"] for file in head["input"]["files"]]}
-        for head in (then, now)
-    ]
-    refuse_difference(folder, *settings)
-    refuse_difference(
-        folder, {"content of the captions' files": digests[0]}, {"content of the captions' files": digests[1]}
-    )
-    raise UserError(f"--output_dir {folder} was made of other rows. Use another folder")
+
+    def decisive(request: dict[str, Any]) -> tuple[list[str], str | None]:
+        source = request["input"]
+        hashes = source["verify_hash_sha256"] or request["settings"]["verify_hash"]  # of a path, or a column
+        return [file["sha256"] for file in source["files"]], hashes
+
+    def described(request: dict[str, Any]) -> dict[str, Any]:
+        source, settings = request["input"], request["settings"]
+        words = {name: settings[name] for name in ROW_SETTINGS}
+        words |= {"revision": source["revision"], "hashes": source["verify_hash_sha256"]}
+        files = [f"{file['name']} ({file['sha256'][:8]})" for file in source["files"]]
+        return words | {"files": files}
+
+    count = then["rows"]["chosen"]
+    same_rows = count <= len(order) and rows_digest(order[:count]) == then["input"]["chosen_rows_sha256"]
+    if not same_rows or decisive(then) != decisive(now):
+        refuse_difference(folder, described(then), described(now))
+        raise UserError(f"--output_dir {folder} was made of other rows. Use another folder")
 
 
 def refuse_difference(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -150,6 +150,9 @@ class Server:
         self.server.server_close()
 
 
+TWO_ROBOTS = "otherbot: noai\r\nX-Robots-Tag: nofollow, distill-sd: noml"  # the second header decides
+
+
 class ImageServer(Server):
     """`/ok/N.jpg` is an image; see `bodies` and `answer` for all that isn't."""
 
@@ -176,6 +179,10 @@ class ImageServer(Server):
             "headers": lambda: self.flood(request),
             "head": lambda: self.drip_headers(request),
             "optout": lambda: self.send(request, 200, encode(photo(9)), X_Robots_Tag=rest.replace("_", " ")),
+            "optouts": lambda: self.send(request, 200, encode(photo(9)), X_Robots_Tag=TWO_ROBOTS),
+            "later": lambda: (
+                self.send(request, 429, Retry_After=rest) if self.hits[request.path] < 2 else self.image(request, 3)
+            ),
             "ok": lambda: self.image(request, int(rest.split(".")[0])),
             "ünïcode pfad": lambda: self.image(request, 1),
             "twice503": lambda: self.send(request, 503) if self.hits[request.path] < 3 else self.image(request, 2),
@@ -184,7 +191,7 @@ class ImageServer(Server):
             self.send(request, 404)
         elif path in self.changed:
             self.send(request, 200, self.changed[path])
-        elif kind in ("404", "500"):
+        elif kind in ("404", "429", "500"):
             self.send(request, int(kind))
         elif kind == "to":  # /to/<where>: a redirect
             places = {
