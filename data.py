@@ -887,16 +887,18 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
             break
         except (errors.HTTPError, errors.HFValidationError, OSError) as error:
             what, kind = hub_problem(error, revision)
-            offline = isinstance(error, errors.OfflineModeIsEnabled)
-            if kind is UserError and not offline:
+            if kind is DataError and not last_try:
+                continue
+            # What was deleted, or closed to us, may be in the cache: a commit never changes.
+            known = isinstance(error, errors.OfflineModeIsEnabled) or re.fullmatch("[0-9a-f]{40}", revision or "")
+            if kind is UserError and not known:
                 refuse(what)
-        if last_try or offline:
-            try:
-                folder, listed = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True)), set()
-            except errors.LocalEntryNotFoundError:
-                refuse(f"{what}, and the local cache does not hold it all", kind)
-            print(f"The captions come from the local cache: {what}.")
-            break
+        try:
+            folder, listed = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True)), set()
+        except errors.LocalEntryNotFoundError:
+            refuse(f"{what}, and the local cache does not hold it all", kind)
+        print(f"The captions come from the local cache: {what}.")
+        break
     commit = folder.name
     files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
     if missing := {name for name in listed if name.endswith(".parquet")} - {name for name, _ in files}:
@@ -965,17 +967,16 @@ def table_kind(path: Path) -> str:
 def local_captions(caption_file: str) -> Files:
     """The (name, path) pairs of one table, or of those of one kind directly inside a folder, by name."""
     path = Path(caption_file)
-    found = [file for file in sorted(path.iterdir()) if file.name[0] not in "._"] if path.is_dir() else [path]
-    tables = [file for file in found if file.is_file() and table_kind(file) in TABLE_SUFFIXES]
-    if path.is_file() and not tables:
-        raise UserError(f"--caption_file {caption_file}: no such kind of table; it reads {', '.join(TABLE_SUFFIXES)}")
-    if not tables:
+    files = [file for file in sorted(path.iterdir()) if file.name[0] not in "._"] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
         raise UserError(f"--caption_file {caption_file}: no such parquet file or other table, nor a folder of some")
-    kinds = {table_kind(file) for file in tables}
-    if len(kinds) > 1 and ".parquet" not in kinds:  # beside parquet files lie others that are no tables
-        raise UserError(f"--caption_file {caption_file} holds {', '.join(sorted(kinds))}: name one of the files")
-    kind = ".parquet" if ".parquet" in kinds else kinds.pop()
-    return [(file.name, file) for file in tables if table_kind(file) == kind]
+    kinds = [kind for kind in TABLE_SUFFIXES if kind in set(map(table_kind, files))]
+    if not kinds:
+        raise UserError(f"--caption_file {caption_file}: no such kind of table; it reads {', '.join(TABLE_SUFFIXES)}")
+    if len(kinds) > 1 and kinds[0] != ".parquet":  # beside parquet files lie others that are no tables
+        raise UserError(f"--caption_file {caption_file} holds {', '.join(kinds)}: name one of the files")
+    return [(file.name, file) for file in files if table_kind(file) == kinds[0]]
 
 
 def file_sha256(path: Path) -> str:
@@ -1837,11 +1838,13 @@ def download(config: dict[str, Any]) -> None:
             threading.Thread(target=watch_workers, daemon=True).start()
         distribute(min(args.processes_count, len(shards)), functools.partial(download_shard, args), shards, 1000, 0)
     except Exception as error:
-        text = str(error)
+        text = str(error).strip()
         if "No space left on device" in text or "Disk quota exceeded" in text:
             end_with("the disk is full", may_pass=True)
+        if isinstance(error, OSError) and error.errno:
+            end_with(text, may_pass=True)
         traceback.print_exc()
-        end_with(f"{type(error).__name__}: {(text.strip().splitlines() or [''])[-1]}", may_pass=False)
+        end_with(f"{type(error).__name__}: {text.rpartition(chr(10))[2]}", may_pass=False)
 
 
 def end_with(words: str, may_pass: bool) -> NoReturn:
@@ -1936,15 +1939,15 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
         child.wait()
         while_running()
     reader.join(2)
+    if child.returncode < 0:
+        raise DataError(f"img2dataset's process was killed by signal {-child.returncode}. {KEPT}")
     if child.returncode:
-        verdict = next((line for line in last_lines if line.startswith(VERDICT)), None)
-        if verdict or child.returncode < 0:
-            killed = f"img2dataset's process was killed by signal {-child.returncode}", True
-            words, may_pass = json.loads(verdict.removeprefix(VERDICT)) if verdict else killed
-            if may_pass:
-                raise DataError(f"{words}. {KEPT}")
+        verdicts = [line.removeprefix(VERDICT) for line in last_lines if line.startswith(VERDICT)]
+        words, may_pass = json.loads(verdicts[0]) if verdicts else (f"exit code {child.returncode}", False)
+        if may_pass:
+            raise DataError(f"{words}. {KEPT}")
         sys.stderr.writelines(line for line in last_lines if not line.startswith(VERDICT))
-        raise DataError(f"a fault in data.py or img2dataset: {words if verdict else f'exit code {child.returncode}'}")
+        raise DataError(f"a fault in data.py or img2dataset: {words}")
 
 
 class Progress:
@@ -2074,10 +2077,7 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
     if not any(folder.glob("*.parquet")):
         return None  # nothing there that other settings could be mixed with
-    then = manifest["settings"]
-    refuse_difference(
-        folder, *({name: settings.get(name) for name in IMAGE_SETTINGS} for settings in (then, vars(args)))
-    )
+    refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in IMAGE_SETTINGS})
     return manifest
 
 
@@ -2093,11 +2093,10 @@ def refuse_other_rows(folder: Path, then: dict[str, Any], now: dict[str, Any], o
         return [file["sha256"] for file in source["files"]], hashes
 
     def described(request: dict[str, Any]) -> dict[str, Any]:
-        source, settings = request["input"], request["settings"]
-        words = {name: settings[name] for name in ROW_SETTINGS}
-        words |= {"revision": source["revision"], "hashes": source["verify_hash_sha256"]}
+        source = request["input"]
         files = [f"{file['name']} ({file['sha256'][:8]})" for file in source["files"]]
-        return words | {"files": files}
+        rows = {name: request["settings"][name] for name in ROW_SETTINGS}
+        return rows | {"revision": source["revision"], "files": files, "hashes": source["verify_hash_sha256"]}
 
     count = then["rows"]["chosen"]
     same_rows = count <= len(order) and rows_digest(order[:count]) == then["input"]["chosen_rows_sha256"]
@@ -2242,9 +2241,7 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
     except UserError as error:
         return [str(error)]
     try:
-        rows = (
-            ImageFolder(folder, caption_column) if not shards and not manifest else ShardFolder(folder, caption_column)
-        )
+        rows = (ShardFolder if shards or manifest else ImageFolder)(folder, caption_column)
         print("\n".join(rows.describe()))
         problems = []
     except UserError as error:  # which follows from the problems below, if there are some

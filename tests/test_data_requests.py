@@ -59,6 +59,15 @@ def test_a_lasting_error_is_named_as_what_it_is(hub, tmp_path, status, code):
     assert "\n" not in sentence and "Traceback" not in done.stderr
 
 
+def test_a_commit_that_was_deleted_is_taken_from_the_cache(hub, tmp_path):
+    """A folder that was begun goes on, whatever became of its dataset."""
+    (commit, files), _ = fetch_from(hub, tmp_path, hub.REPO, None)
+    hub.commits = ["f" * 40]
+    assert fetch_from(hub, tmp_path, hub.REPO, commit)[0] == [commit, files]
+    (code, sentence), _ = fetch_from(hub, tmp_path, hub.REPO, "a" * 40)
+    assert code == 2 and "it has no --revision aaaa" in sentence
+
+
 @pytest.mark.parametrize("way", ["no network", "HF_HUB_OFFLINE"])
 def test_a_complete_cache_needs_no_network(hub, image_server, tmp_path, way):
     hub.files["data/one.parquet"] = write_captions(
