@@ -1912,12 +1912,14 @@ class Heartbeats:
 def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None]) -> None:
     """Run `download` in a child, calling `while_running` five times a second. Raises DataError with what ended it."""
     here = str(Path(__file__).resolve().parent)
-    code = "import sys, json; sys.path[0] = sys.argv[1]; import data; data.download(json.loads(sys.argv[2]))"
+    code = "import sys, json; sys.path[0] = sys.argv[1]; import data; data.download(json.load(open(sys.argv[2])))"
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     environment = os.environ | WORKER_ENVIRONMENT | {"PYTHONPATH": path}
     heartbeats = Heartbeats(args)
+    config = Path(args.output_dir) / ".unfinished" / "config.json"  # too long for an argument if tables are many
+    config.write_text(json.dumps(vars(args)))
     child = subprocess.Popen(
-        [sys.executable, "-c", code, here, json.dumps(vars(args))],
+        [sys.executable, "-c", code, here, str(config)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -2027,30 +2029,33 @@ def claim_folder(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, A
     import fcntl  # here: Windows has none, and reads shards without
 
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for path in reversed(made):
+            at_the_end.callback(remove_if_empty, path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY)
+            at_the_end.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not on a file, which would be left there
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"--output_dir {folder} is a file") from None
-        try:
-            # Not a lock on a file in the folder, which would have to be cleaned up.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            manifest = our_manifest(folder, args)
-            try:
-                yield manifest
-            finally:
-                clear_unfinished(folder)
-                if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
-                    (folder / "manifest.json").unlink(missing_ok=True)
         except BlockingIOError:
             raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
-        finally:
-            os.close(descriptor)
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+        manifest = our_manifest(folder, args)
+        at_the_end.callback(leave_finished_shards, folder)
+        yield manifest
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def leave_finished_shards(folder: Path) -> None:
+    """Remove what is unfinished, and the manifest of a folder that holds no shard."""
+    clear_unfinished(folder)
+    if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
+        (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:

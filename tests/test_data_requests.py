@@ -318,6 +318,13 @@ def test_check_says_what_is_not_used_of_a_folder_with_a_manifest(captions, tmp_p
     assert sentence in capsys.readouterr().out
 
 
+def test_a_folder_of_a_thousand_tables(image_server, tmp_path):
+    for number in range(1200):
+        url = f"{image_server.url}/ok/{number}.jpg"
+        (tmp_path / f"table-{number:05d}-of-01200.csv").write_text(f"url,generated_caption\n{url},a\n")
+    assert "6 of 6 rows became images" in run_on(tmp_path / "out", tmp_path, "--max_samples", "6")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures of rows
 
