@@ -2059,9 +2059,11 @@ def leave_finished_shards(folder: Path) -> None:
 
 
 def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The folder's manifest, rebuilt if it was lost; None for a folder to begin in. Raises UserError, see there."""
+    """The folder's manifest, made anew if it was lost; None for a folder to begin in.
+
+    Raises UserError for a folder that isn't ours, or was made with other settings.
+    """
     path = folder / "manifest.json"
-    finish_renames(folder)
     requests = list(filter(None, map(request_of, folder.glob("*.parquet"))))
     try:
         manifest = read_manifest(folder)
@@ -2424,7 +2426,8 @@ def main(args: argparse.Namespace) -> int:
         column = "text" if args.caption_column == CAPTION_COLUMN else args.caption_column
         problems = check_folder(folder, column)
         opened = "image opens" if latents_of(folder) is None else "image's latents load"
-        print("\n".join(problems) or f"{folder}: everything is as the manifest says, and every {opened}.")
+        as_said = "everything is as the manifest says, and " if (folder / "manifest.json").exists() else ""
+        print("\n".join(problems) or f"{folder}: {as_said}every {opened}.")
         return 1 if problems else 0
 
     # 2. Refuse what can't work, before anything is downloaded
@@ -2452,7 +2455,7 @@ def main(args: argparse.Namespace) -> int:
         order, total, dropped = select_rows(files, args)
         rows = len(order)
         if not rows:
-            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)
+            reasons = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count) or "it is empty"
             raise UserError(f"none of the {total:,} rows is left to fetch ({reasons})")
         args.request = {
             "format": FORMAT,
@@ -2471,10 +2474,10 @@ def main(args: argparse.Namespace) -> int:
         else:
             write_manifest(folder, args.request | {"complete": False}, [])  # from here on it is known as ours
         names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
+        work = clear_unfinished(folder)
         faults = forget_damaged(folder, names)
 
         # 5. Say what is about to happen
-        work = clear_unfinished(folder)
         work.mkdir()
         write_shard_inputs(files, order, work, args, expected)
         to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
