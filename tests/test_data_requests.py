@@ -428,7 +428,7 @@ def test_a_worker_that_stands_still_is_noticed(captions, image_server, tmp_path)
 def test_stopping_while_rows_are_dealt_leaves_nothing_behind(tmp_path):
     urls = [f"http://h/{i}" for i in range(300_000)]
     captions = write_captions(tmp_path / "c.parquet", urls)
-    with started(tmp_path / "new" / "a", captions) as child:
+    with started(tmp_path / "new" / "a", captions, "--number_sample_per_shard", "5000") as child:
         wait_until(lambda: list((tmp_path / "new" / "a" / ".unfinished").glob("group*")))
         child.send_signal(signal.SIGINT)
         _, error = child.communicate(timeout=30)
