@@ -371,6 +371,15 @@ def test_the_tables_details_are_the_same_from_run_to_run(image_server, tmp_path)
     assert details[0]["optouts"] == "nofollow, distill-sd: noml"
 
 
+def test_no_address_of_an_object_is_in_a_detail(tmp_path):
+    """Whatever library raised it."""
+    rows = [{"url": "http://h/1", "caption": "c", "input_row": 0, "position": 0}]
+    data.write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
+    with data.Shard(0, str(tmp_path / "00000.arrow"), options(tmp_path)) as shard:
+        shard._keep(0, data.Refused("broken_image", f"cannot read {object()}"))
+    assert shard.outcomes[0]["detail"] == "cannot read <object>"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
