@@ -2274,7 +2274,7 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
 def row_fault(rows: ShardFolder | ImageFolder, index: int) -> str | None:
     """What is wrong with a sample that no manifest speaks of. None: nothing."""
     shards = isinstance(rows, ShardFolder)
-    file = rows.paths[rows.places[index]["shard"]].name if shards else rows.table["image"][index].as_py()
+    file = rows.paths[rows.places[index]["shard"]].name if shards else os.fsdecode(rows.table["image"][index].as_py())
     try:
         row = rows[index]
         decode_image(row["image"]["bytes"])
