@@ -37,6 +37,7 @@ import argparse
 import dataclasses
 import errno
 import functools
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -88,7 +89,14 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    create_repo,
+    list_repo_files,
+    try_to_load_from_cache,
+    upload_folder,
+)
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -1346,12 +1354,13 @@ def cache_latents(
 # Models. Only the student is trained, prepared and checkpointed; all others are frozen and cast.
 
 
-def loading_error(done: str, flag: str, source: str, error: BaseException) -> str:
-    """The sentence for a model or dataset that cannot be loaded or read."""
+def loading_error(done: str, flag: str, source: str, error: BaseException, part: str | None = None) -> str:
+    """The sentence for a model, a part of one or a dataset that cannot be loaded or read."""
     absent = (
         "" if Path(source).exists() else " (it is no folder here, and the hub does not have it or is out of reach)"
     )
-    return f"--{flag} {source} cannot be {done}{absent}: {first_line(error)}"
+    named = f"{source} ({part})" if part else source
+    return f"--{flag} {named} cannot be {done}{absent}: {first_line(error)}"
 
 
 def load_component(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> Any:
@@ -1360,33 +1369,23 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     The dtype is explicit since transformers otherwise keeps the file's; missing tensors are an error since diffusers
     otherwise goes on with a warning. Weights are read from safetensors only: loading a pickle can run any code.
     """
-    source, has_weights = getattr(args, flag), issubclass(component, (nn.Module, DiffusionPipeline))
+    source, part_name = getattr(args, flag), kwargs.get("subfolder")
     if Path(source).is_file():
         part = single_file_part(args, **kwargs)
         if component is DDPMScheduler:
             return component.from_config(part.config)
         return part.config if component is CLIPTextConfig else part
     if flag == TEACHER:
-        kwargs |= {"revision": args.revision} | ({"variant": args.variant} if has_weights else {})
-    if has_weights:
-        kwargs |= {"use_safetensors": True}
+        kwargs |= {"revision": args.revision}
+    if issubclass(component, DiffusionPipeline):
+        kwargs |= {"use_safetensors": True, "variant": args.variant}
     if issubclass(component, nn.Module):
+        kwargs |= {"use_safetensors": True, "variant": weights_variant(args, part_name, flag)}
         kwargs |= {"dtype": torch.float32, "output_loading_info": True}
     try:
         loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # absent, not reachable, cut short, of another class, ...
-        message = loading_error("loaded", flag, source, error)
-        if "subfolder" in kwargs:
-            message = message.replace(f" {source} ", f" {source} ({kwargs['subfolder']}) ", 1)
-        if re.search(r"no file named .*\.safetensors|use_safetensors|does not appear to have a file named", message):
-            variants = {path.name.split(".")[-2] for path in Path(source).glob("*/*.*.safetensors")}
-            if variants and flag == TEACHER and args.variant is None:
-                message += f". Its files are a variant's: say --variant {' or '.join(sorted(variants))}"
-            else:
-                convert = f"diffusers.DiffusionPipeline.from_pretrained('{source}').save_pretrained('converted')"
-                message += ". Only safetensors are read; if it has .bin weights and you trust them, convert them "
-                message += f'once: python -c "import diffusers; {convert}"'
-        raise UserError(message) from error
+        raise UserError(loading_error("loaded", flag, source, error, part_name)) from error
     if not issubclass(component, nn.Module):
         return loaded
     model, info = loaded
@@ -1395,15 +1394,64 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     return model
 
 
+def model_folder(source: str | Path, cache_dir: str | None, revision: str | None = None) -> Path | None:
+    """A model's folder, or so much of it as was fetched from the hub; None for a single file and where none is."""
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None
+    cached = try_to_load_from_cache(source, "unet/config.json", cache_dir=cache_dir, revision=revision)
+    return Path(cached).parents[1] if isinstance(cached, str) else None
+
+
+def files_of(source: str | Path, cache_dir: str | None, revision: str | None = None) -> list[str]:
+    """Names of the files of a model's parts, on the hub or in `model_folder`; none where they are not known."""
+    if not Path(source).exists():
+        with suppress(Exception):  # out of reach
+            return list_repo_files(source, revision=revision)
+    folder = model_folder(source, cache_dir, revision)
+    return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")] if folder else []
+
+
+def weights_variant(args: argparse.Namespace, part: str, flag: str = TEACHER) -> str | None:
+    """The variant that a part's weights are read of: --variant or, as in diffusers, none where no file is of that.
+
+    Raises `UserError` where the names of its files show that there is neither.
+    """
+    source, is_teacher = getattr(args, flag), flag == TEACHER
+    wanted, revision = (args.variant, args.revision) if is_teacher else (None, None)
+    names = files_of(source, args.cache_dir, revision)
+    pattern = re.compile(r"(\w+)/\w+(?:-\d+-of-\d+)?(?:\.([\w-]+?)(?:-\d+-of-\d+)?)?\.safetensors")
+    found = {match.groups() for name in names if (match := pattern.fullmatch(name))}
+    variants, of_part = {variant for _, variant in found}, {variant for name, variant in found if name == part}
+    if names and wanted and wanted not in variants:
+        there = ", ".join(sorted(filter(None, variants))) or "none"
+        raise UserError(f"--variant {wanted}: --{flag} {source} has no *.safetensors of it (variants: {there}).")
+    if wanted in of_part or not names:
+        return wanted
+    if None in of_part:
+        return None
+    advice = ""
+    if of_part and is_teacher:
+        advice = f" Its files are a variant's: say --variant {' or '.join(sorted(of_part))}."
+    elif any(name.startswith(f"{part}/") and name.endswith(".bin") for name in names):
+        convert = f"diffusers.DiffusionPipeline.from_pretrained('{source}').save_pretrained('converted')"
+        advice = " Only safetensors are read; if you trust its .bin weights, convert them once: "
+        advice += f'python -c "import diffusers; {convert}"'
+    raise UserError(f"--{flag} {source} ({part}) cannot be loaded: it has no weights in *.safetensors.{advice}")
+
+
 @functools.lru_cache(maxsize=1)  # until `load_components` forgets it: every part is asked for by itself
 def open_single_file(path: str, config: str | None, cache_dir: str | None) -> StableDiffusionPipeline:
     """A pipeline in float32 from one file in the original layout. Raises `UserError` where that fails."""
     settings = {"config": config, "cache_dir": cache_dir, "dtype": torch.float32}
     try:
+        if config:
+            index = StableDiffusionPipeline.load_config(config, cache_dir=cache_dir)
+            settings |= dict.fromkeys(absent_parts(index, files_of(config, cache_dir)))
         pipeline = StableDiffusionPipeline.from_single_file(path, **settings)
     except Exception as error:
-        hint = "" if config else " (its configs come from the hub, or from --single_file_config FOLDER)"
-        raise UserError(f"--{TEACHER} {path} cannot be loaded: {first_line(error)}{hint}") from error
+        configs = f"--single_file_config {config}" if config else "the hub, or from --single_file_config FOLDER"
+        why = "tensors are missing from it" if "meta tensor" in str(error) else first_line(error)
+        raise UserError(f"--{TEACHER} {path} cannot be loaded: {why} (its configs come from {configs})") from error
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in part.state_dict().values()):
             raise UserError(f"--{TEACHER} {path}: tensors are missing from its {name}.")
@@ -1416,24 +1464,24 @@ def single_file_part(args: argparse.Namespace, subfolder: str | None = None, **_
     return getattr(pipeline, subfolder) if subfolder else pipeline
 
 
-def teacher_folder(args: argparse.Namespace, local_files_only: bool) -> Path | None:
-    """The teacher's folder, or its snapshot from the hub; None for a single file. Raises `UserError`."""
-    source = args.pretrained_model_name_or_path
-    if Path(source).exists():
-        return Path(source) if Path(source).is_dir() else None
-    wanted = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "unet": None}
-    wanted |= {"use_safetensors": True, "local_files_only": local_files_only}
-    try:
-        return Path(DiffusionPipeline.download(source, **wanted))
-    except Exception as error:
-        raise UserError(loading_error("loaded", TEACHER, source, error)) from error
+# Parts that nobody needs, with the end of the name of a file that they cannot do without.
+OPTIONAL_PARTS = {"safety_checker": ".safetensors", "feature_extractor": ".json", "image_encoder": ".safetensors"}
 
 
-def absent_parts(args: argparse.Namespace) -> list[str]:
-    """Parts that the teacher's index names and its folder lacks, such as a safety checker that nobody fetched."""
-    folder, index = teacher_folder(args, local_files_only=False), load_config(DiffusionPipeline, args)
-    parts = [name for name, kind in index.items() if isinstance(kind, (list, tuple)) and kind[0]]
-    return [name for name in parts if folder and not (folder / name).is_dir()]
+def absent_parts(index: Mapping[str, Any], files: Sequence[str]) -> list[str]:
+    """Parts that a pipeline's index names and its files, where known, lack; a safety checker that nobody fetched, say.
+
+    Warns of each. Raises `UserError` for a part that is needed.
+    """
+    parts = [name for name, kind in index.items() if files and isinstance(kind, (list, tuple)) and any(kind)]
+    ends = {name: OPTIONAL_PARTS.get(name, "") for name in parts}
+    absent = [name for name in parts if not any(re.match(rf"{name}/.*{ends[name]}$", file) for file in files)]
+    for name in absent:
+        named = f"The teacher's {name} is named in its model_index.json and not there"
+        if not ends[name]:
+            raise UserError(named)
+        logger.warning(f"{named}: it is left out.")
+    return absent
 
 
 def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
@@ -1443,9 +1491,12 @@ def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, 
         part = single_file_part(args, **kwargs)
         return {"_class_name": type(part).__name__, **part.config}
     try:
-        return component.load_config(source, revision=revision, cache_dir=args.cache_dir, **kwargs)
+        config = component.load_config(source, revision=revision, cache_dir=args.cache_dir, **kwargs)
+        if not isinstance(config, dict):
+            raise TypeError("its config is no JSON object")
+        return config
     except Exception as error:
-        raise UserError(loading_error("loaded", flag, source, error)) from error
+        raise UserError(loading_error("loaded", flag, source, error, kwargs.get("subfolder"))) from error
 
 
 def vae_factor(vae_config: Mapping[str, Any]) -> int:
@@ -1453,37 +1504,65 @@ def vae_factor(vae_config: Mapping[str, Any]) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
+def text_width(unet_config: Mapping[str, Any]) -> int:
+    """Numbers a token that a U-Net attends to."""
+    return int(np.max(unet_config.get("cross_attention_dim", 1280)))  # it may be a list, one for every level
+
+
+def check_pipeline(args: argparse.Namespace, flag: str) -> None:
+    """Raise `UserError` where a pipeline's index shows that it is of another class, or that --export cannot be met."""
+    index, source, needed = load_config(DiffusionPipeline, args, flag), getattr(args, flag), "StableDiffusionPipeline"
+    if (kind := index.get("_class_name")) != needed:
+        raise UserError(f"--{flag} {source} is a {kind}; a {needed} is needed.")
+    encoder = (index.get("text_encoder") or [None])[-1]
+    if "single_file" in (args.export or []) and encoder != "CLIPTextModel":
+        raise UserError(f"--export single_file takes a CLIPTextModel; the text encoder of {source} is a {encoder}.")
+
+
 def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
     """The teacher's U-Net config. Raises `UserError` where configs alone show that it cannot be distilled."""
-    kind, needed = load_config(DiffusionPipeline, args).get("_class_name"), "StableDiffusionPipeline"
-    if kind != needed:
-        raise UserError(f"--{TEACHER} {args.pretrained_model_name_or_path} is a {kind}; a {needed} is needed.")
+    check_pipeline(args, TEACHER)
     unet_config = load_config(UNet2DConditionModel, args, subfolder="unet")
     vae_config = load_config(AutoencoderKL, args, subfolder="vae")
-    check_prunable(unet_config)
-    takes, gives = unet_config.get("in_channels", 4), vae_config.get("latent_channels", 4)
+    try:
+        check_prunable(unet_config)
+        takes, gives = unet_config.get("in_channels", 4), vae_config.get("latent_channels", 4)
+        factor = vae_factor(vae_config)
+    except (AttributeError, KeyError, TypeError) as error:
+        damaged = f"the config of its unet or vae is damaged ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"--{TEACHER} {args.pretrained_model_name_or_path}: {damaged}.") from error
     if takes != gives:
         kind = "an inpainting or depth model cannot be distilled by this script"
         raise UserError(f"The teacher's U-Net takes {takes} channels where its VAE gives {gives}: {kind}.")
-    if args.resolution % (factor := vae_factor(vae_config)):
+    if args.resolution % factor:
         raise UserError(f"--resolution must be a multiple of {factor}, the VAE's factor, got {args.resolution}.")
     return unet_config
 
 
 def check_text_encoder(args: argparse.Namespace, tokenizer: CLIPTokenizer, unet_config: Mapping[str, Any]) -> None:
     """Raise `UserError` where the text encoder's config fits neither the tokenizer nor the U-Net."""
-    source, config = args.pretrained_model_name_or_path, load_component(CLIPTextConfig, args, subfolder="text_encoder")
+    source, config_file = args.pretrained_model_name_or_path, "text_encoder/config.json"
+    if (files := files_of(source, args.cache_dir, args.revision)) and config_file not in files:
+        raise UserError(f"--{TEACHER} {source} has no {config_file}.")
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of an empty folder
+        missing = "has no vocabulary: vocab.json and merges.txt, or tokenizer.json, are missing"
+        raise UserError(f"--{TEACHER} {source} (tokenizer) {missing}.")
+    config = load_component(CLIPTextConfig, args, subfolder="text_encoder")
     highest, width = max(tokenizer.get_vocab().values()), unet_config.get("cross_attention_dim", 1280)
     if highest >= config.vocab_size:
         added = f"its tokenizer has tokens up to number {highest}, its text encoder {config.vocab_size} of them"
         raise UserError(f"--{TEACHER} {source}: {added}: save the text encoder with the embeddings of added tokens.")
-    if config.hidden_size != width:
+    if any(np.ravel(width) != config.hidden_size):
         other = f"its text encoder gives {config.hidden_size} numbers a token, its U-Net attends to {width}"
         raise UserError(f"--{TEACHER} {source}: {other}: the text encoder is that of another model.")
 
 
 def load_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     """The teacher's noise schedule. Raises `UserError` where its prediction type is not known."""
+    config = load_config(DDPMScheduler, args, subfolder="scheduler")
+    if not {"beta_start", "beta_schedule"} <= config.keys():
+        kin = f"({config.get('_class_name')}) has no beta_start and beta_schedule, as those of Stable Diffusion have"
+        raise UserError(f"The teacher's scheduler {kin}.")
     noise_scheduler = load_component(DDPMScheduler, args, subfolder="scheduler")
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
@@ -1512,14 +1591,16 @@ def load_components(
     args: argparse.Namespace, teacher_config: Mapping[str, Any], tokenizer: CLIPTokenizer, scheduler: DDPMScheduler
 ) -> Components:
     """All models with weights, beside what was read before. Raises `UserError` where one cannot be had."""
+    files = files_of(args.pretrained_model_name_or_path, args.cache_dir, args.revision)
+    absent = absent_parts(load_config(DiffusionPipeline, args), files)
+    for part in ("text_encoder", "vae", *([] if args.student_model_name_or_path else ["unet"])):
+        weights_variant(args, part)
     text_encoder = load_component(CLIPTextModel, args, subfolder="text_encoder")
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     vae = load_component(AutoencoderKL, args, subfolder="vae")
     unet, teacher_unet = load_unets(args, teacher_config)
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # The rest is read too, so that saving it cannot fail after days.
-    for name in (absent := absent_parts(args)):
-        logger.warning(f"The teacher's {name} is named in its model_index.json and not there: it is left out.")
     load_component(StableDiffusionPipeline, args, unet=None, **dict.fromkeys(absent))
     open_single_file.cache_clear()
     return Components(noise_scheduler=scheduler, teacher_unet=teacher_unet, **models)
@@ -1554,7 +1635,7 @@ def check_features(model: nn.Module, tap: FeatureTap) -> None:
     """Run a U-Net once on noise: raise `UserError` for features that are not finite, warn of constant ones."""
     generator, weight, side = torch.Generator().manual_seed(0), model.conv_in.weight, 2 ** len(model.down_blocks)
     sample = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(weight)
-    text = torch.randn(1, 8, model.config.cross_attention_dim, generator=generator).to(weight)
+    text = torch.randn(1, 8, text_width(model.config), generator=generator).to(weight)
     with torch.no_grad():
         model(sample, 500, text)
     for name, feature in zip(tap.names, tap.pop(), strict=True):
@@ -2051,15 +2132,16 @@ def copy_part(source: Path, target: Path, variant: str | None) -> None:
 
 def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target: Path) -> None:
     """The teacher's pipeline with another U-Net; all other parts as the teacher has them, but for what a flag says."""
-    if (folder := teacher_folder(args, local_files_only=True)) is None:
+    if (folder := model_folder(args.pretrained_model_name_or_path, args.cache_dir, args.revision)) is None:
         pipeline = single_file_part(args)
         pipeline.register_modules(unet=unet)
         pipeline.save_pretrained(target)
     else:
         unet.save_pretrained(target / "unet")
         index = json.loads((folder / "model_index.json").read_text()) | {"_diffusers_version": diffusers.__version__}
+        absent = absent_parts(index, files_of(folder, args.cache_dir))
         for name in [name for name, kind in index.items() if isinstance(kind, list) and name != "unet"]:
-            if index[name][0] and (folder / name).is_dir():
+            if any(index[name]) and name not in absent:
                 copy_part(folder / name, target / name, args.variant)
             else:
                 index[name] = [None, None]
@@ -2081,7 +2163,7 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     output_dir = Path(args.output_dir)
     unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
     sample = torch.randn(1, unet.config.in_channels, 8, 8)
-    text = torch.randn(1, 4, int(np.max(unet.config.cross_attention_dim)))  # it may be a list
+    text = torch.randn(1, 4, text_width(unet.config))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = unet.eval()(sample, 500, text, return_dict=False)[0]
     if not expected.isfinite().all():
@@ -2225,7 +2307,7 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
                     raise TrainingError(f"{name} has weights that half precision cannot hold")
         if problems := export_problems(folder, kinds):  # they came in between
             raise TrainingError(problems[0])
-        for path in [*partial.glob(single.name), *partial.glob("*/*.fp16.*")]:
+        for path in [*partial.glob("*.safetensors"), *partial.glob("*/*.fp16.*")]:
             data.put_in_place(path, folder / path.relative_to(partial))
             logger.info(f"Exported {folder / path.relative_to(partial)}, loaded back and equal")
     except Exception as error:
@@ -2442,7 +2524,10 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     for name in REFUSED_FLAGS:
         parser.add_argument(name, action=RefusedFlag, nargs="?", dest="refused", help=argparse.SUPPRESS)
     args = parser.parse_args(input_args)
-    problems = args.refused + validate_args(args)
+    try:
+        problems = args.refused + validate_args(args)
+    except OSError as error:  # such as a name that is too long, in whatever flag
+        problems = [f"A path cannot be used: {error}."]
     del args.refused
     if problems:
         parser.error("\n  " + "\n  ".join(problems))
@@ -2453,13 +2538,14 @@ def parse_export(given: Sequence[str]) -> argparse.Namespace:
     """The two flags of a call that only exports. Ends as `parse_args` does."""
     usage = "python distill_training.py --export KIND [KIND] --export_from FOLDER"
     parser = data.make_parser({"export": [FLAGS["export"], FLAGS["export_from"]]}, "Export a saved pipeline.", usage)
+    parser.set_defaults(cache_dir=None)
     args, training = parser.parse_known_args(given)
     folder, kinds = Path(args.export_from), args.export or []
     problems = [f"--export_from goes with --export alone: leave out {' '.join(training)}."] if training else []
     problems += [] if kinds else [f"--export_from needs --export {' or '.join(EXPORTS)}."]
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         problems.append(f"--export_from {folder} holds no model_index.json: a folder must hold a whole pipeline.")
-    if problems := problems + export_problems(folder, kinds):
+    if problems := problems or export_problems(folder, kinds):
         parser.error("\n  " + "\n  ".join(problems))
     return args
 
@@ -2555,9 +2641,11 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.output_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         return [f"--output_dir {folder} is not a folder."]
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"--output_dir {folder} cannot be written to: {nearest} is not a folder that you may write in."]
+    logs = {"logging_dir": Path(f"{folder}/{args.logging_dir}")} if args.report_to != "none" else {}
+    for name, path in ({"output_dir": folder} | logs).items():
+        nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+            return [f"--{name} {path} cannot be written to: {nearest} is not a folder that you may write in."]
     try:
         resumed = find_checkpoint(folder, args.resume_from_checkpoint)
     except FileNotFoundError as error:
@@ -2610,10 +2698,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # The others wait while the main process downloads, makes images or saves; ten minutes are not enough for that.
         kwargs_handlers=[accelerate_utils.InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
-    launched, seen = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
-    if launched.isdigit() and int(launched) > seen:  # each would take itself for the only one, in one folder
-        alone = "on a machine without GPU set ACCELERATE_USE_CPU=true"
-        raise UserError(f"WORLD_SIZE is {launched}, but accelerate sees {seen} process: {alone}, or unset WORLD_SIZE.")
+    for size in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):  # accelerate knows these
+        launched, seen = os.environ.get(size, "1"), accelerator.num_processes
+        if launched.isdigit() and int(launched) > seen:  # each would take itself for the only one, in one folder
+            alone = "on a machine without GPU set ACCELERATE_USE_CPU=true"
+            raise UserError(f"{size} is {launched}, but accelerate sees {seen} process: {alone}, or unset {size}.")
     if os.environ.get(name, str(flag)) != str(flag):
         logger.warning(f"{name}={os.environ[name]} is ignored: --gradient_accumulation_steps is {flag}.")
     engine = accelerator.distributed_type.value
@@ -2642,8 +2731,14 @@ def make_optimizer(args: argparse.Namespace, unet: nn.Module, learning_rate: flo
 
 def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate's schedule. Raises `UserError` where its library refuses it."""
+    steps = args.max_train_steps or args.lr_warmup_steps + 1  # where it is not known yet
     try:
-        return get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, args.max_train_steps or 1)
+        schedule = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, steps)
+        schedule.lr_lambdas[0](steps)  # as the last step will
+        return schedule
+    except ZeroDivisionError:
+        equal = f"--lr_warmup_steps {args.lr_warmup_steps} must not be all of the {steps} steps"
+        raise UserError(f"--lr_scheduler {args.lr_scheduler}: {equal}.") from None
     except ValueError as error:
         rate = optimizer.defaults["lr"]
         raise UserError(f"--lr_scheduler {args.lr_scheduler} with a learning rate of {rate}: {error}.") from None
@@ -2848,7 +2943,7 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
         grid = output_dir / "validation" / f"step-{args.max_train_steps}.png"
         images = [Image.open(grid)] if grid.exists() else None
         # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
-        licence = {1024: "openrail++"}.get(student.config.cross_attention_dim, "creativeml-openrail-m")
+        licence = {1024: "openrail++"}.get(text_width(student.config), "creativeml-openrail-m")
         save_model_card(args, repo_id, images, args.output_dir, facts, licence)
         if args.export:
             export_pipeline(output_dir, args.export)
@@ -2873,7 +2968,7 @@ def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
         "README.md",
         "val_imgs_grid.png",
         "model_index.json",
-        *([f"{Path(args.output_dir).resolve().name}.safetensors"] if args.export else []),
+        *([f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors"] if args.export else []),
         *(f"{name}/*" for name in index if name[0] != "_"),
     ]
     upload = {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
@@ -2894,7 +2989,8 @@ def main(args: argparse.Namespace) -> None:
         library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
         library.disable_progress_bar()
     if args.export_from:
-        return export_pipeline(Path(args.export_from), args.export)
+        check_pipeline(args, "export_from")
+        return accelerator.on_main_process(export_pipeline)(Path(args.export_from), args.export)
 
     # 2. The checkpoint that is resumed, the seed, and whether the flags are those that it was made with.
     output_dir = Path(args.output_dir)
@@ -2916,7 +3012,10 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = load_component(CLIPTokenizer, args, subfolder="tokenizer")
     check_text_encoder(args, tokenizer, teacher_config)
     noise_scheduler = load_noise_scheduler(args)
-    dataset = make_train_dataset(args, tokenizer, accelerator)
+    dataset, total_batch = make_train_dataset(args, tokenizer, accelerator), total_batch_size(args, accelerator)
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
+        check_libraries(args, accelerator)
     repo_id = make_hub_repo(args, accelerator)
 
     # 4. The models, and whether data and teacher are those that the checkpoint was made with.
@@ -2924,7 +3023,7 @@ def main(args: argparse.Namespace) -> None:
     unet, vae = components.unet, components.vae
     with torch.device("meta"):
         of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
-    of_student, total_batch = count_parameters(unet), total_batch_size(args, accelerator)
+    of_student = count_parameters(unet)
     latents = getattr(dataset.rows, "latents", None)
     contents = describe_contents(dataset, components, teacher_config, args, accelerator.num_processes)
     same_vae = (contents["teacher's VAE"], vae.config.scaling_factor)
@@ -2934,8 +3033,6 @@ def main(args: argparse.Namespace) -> None:
         )
     check_unchanged(checkpoint, state.settings, contents, args)
     state.settings = settings | contents
-    if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
     if state.global_step > args.max_train_steps:
         raise UserError(f"{checkpoint} is already past --num_train_epochs {args.num_train_epochs}.")
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -105,6 +106,22 @@ def make_pipeline(folder: Path, *, prediction_type: str = "epsilon", half: bool 
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16 if half else torch.float32).save_pretrained(folder)
+    return folder
+
+
+def hub_cache(folder: Path, teacher: Path) -> Path:
+    """The cache of a machine without a network that has fetched `teacher` as someone/tiny: links into blobs."""
+    repository, commit = folder / "models--someone--tiny", "0" * 40
+    for path in teacher.rglob("*"):
+        if path.is_file():
+            link = repository / "snapshots" / commit / path.relative_to(teacher)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blob = repository / "blobs" / "-".join(path.relative_to(teacher).parts)
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, blob)
+            link.symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
     return folder
 
 

@@ -12,8 +12,19 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from helpers import SCRIPT, data_args, dataset_of, make_pipeline, run_script, toy_images, write_imagefolder
+from diffusers import UNet2DConditionModel
+from helpers import (
+    SCRIPT,
+    data_args,
+    dataset_of,
+    hub_cache,
+    make_pipeline,
+    run_script,
+    toy_images,
+    write_imagefolder,
+)
 from torchvision.transforms import InterpolationMode
+from transformers import CLIPTextModel
 
 import distill_training as dt
 
@@ -182,6 +193,21 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
         ["--output_dir", "{root}/file/out"],
         DATA,
         "--output_dir {root}/file/out cannot be written to: {root}/file is not a folder that you may write in.",
+    ),
+    "output with a long name": (
+        ["--output_dir", "{root}/" + "x" * 300],
+        DATA,
+        "A path cannot be used: [Errno 36] File name too long: '{root}/xxx",
+    ),
+    "model with a long name": (
+        ["--pretrained_model_name_or_path", "{root}/" + "x" * 300],
+        DATA,
+        "A path cannot be used: [Errno 36] File name too long: '{root}/xxx",
+    ),
+    "logs in a file": (
+        ["--output_dir", "{root}/stopped", "--logging_dir", "args.json", "--resume_from_checkpoint", "latest"],
+        DATA,
+        "--logging_dir {root}/stopped/args.json cannot be written to: {root}/stopped/args.json is not a folder that",
     ),
     "output with checkpoints": (
         ["--output_dir", "{root}/stopped"],
@@ -552,41 +578,178 @@ def test_image_column_that_is_not_there(refused_run: Callable[..., str], tmp_pat
     assert sentence == "--image_column picture is not there; the columns are image, text."
 
 
-def changed_teacher(folder: Path, teacher: Path, part: str, **changes: object) -> list[str]:
-    """Flags that name a copy of the teacher of which one part's config is another."""
-    shutil.copytree(teacher, folder)
-    path = folder / part / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return ["--pretrained_model_name_or_path", str(folder)]
+def config_of(part: str, **changes: object) -> Callable[[Path], None]:
+    """A teacher of which a part's config has other values; a file's name stands for `config.json` of the part."""
+
+    def change(folder: Path) -> None:
+        path = folder / part if part.endswith(".json") else folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
 
 
-def test_a_tokenizer_with_more_tokens_than_the_text_encoder(
-    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+def file_of(name: str, text: str | None) -> Callable[[Path], None]:
+    """A teacher of which a file is another, or is not there."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        if text is not None:
+            (folder / name).write_text(text)
+
+    return change
+
+
+def without(*parts: str) -> Callable[[Path], None]:
+    return lambda folder: [shutil.rmtree(folder / part) for part in parts] and None
+
+
+def without_vocabulary(folder: Path) -> None:
+    for path in (folder / "tokenizer").iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+
+
+def of_variant(*names: str) -> Callable[[Path], None]:
+    """A teacher whose weights have these names: "{}" stands for the file's own."""
+
+    def change(folder: Path) -> None:
+        for path in list(folder.rglob("*.safetensors")):
+            for name in names:
+                shutil.copy(path, path.with_name(name.format(path.stem)))
+            path.unlink()
+
+    return change
+
+
+VOCABULARY = "(tokenizer) has no vocabulary: vocab.json and merges.txt, or tokenizer.json, are missing."
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
+PROJECTION = config_of("model_index.json", text_encoder=["transformers", "CLIPTextModelWithProjection"])
+PARTS_AND_FLAGS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
+    "fewer tokens than the tokenizer": (
+        config_of("text_encoder", vocab_size=9),
+        [],
+        "its text encoder 9 of them: save the text encoder with the embeddings",
+    ),
+    "another width": (
+        config_of("text_encoder", hidden_size=8),
+        [],
+        "its text encoder gives 8 numbers a token, its U-Net attends to",
+    ),
+    "a variant": (of_variant("{}.fp16.safetensors"), [], "say --variant fp16."),
+    "no vocabulary": (without_vocabulary, [], VOCABULARY),
+    "no tokenizer": (without("tokenizer"), [], VOCABULARY),
+    "no text encoder": (without("text_encoder"), [], "teacher has no text_encoder/config.json."),
+    "no text encoder's config": (file_of("text_encoder/config.json", None), [], "has no text_encoder/config.json."),
+    "no VAE": (without("vae"), [], "teacher (vae) cannot be loaded: "),
+    "no scheduler": (without("scheduler"), [], "teacher (scheduler) cannot be loaded: "),
+    "a part of another library": (
+        config_of("model_index.json", upscaler=["mylib", "Upscaler"]),
+        [],
+        "The teacher's upscaler is named in its model_index.json and not there",
+    ),
+    "index a list": (file_of("model_index.json", "[]"), [], "cannot be loaded: its config is no JSON object"),
+    "U-Net's config a list": (file_of("unet/config.json", "[]"), [], "(unet) cannot be loaded: its config is no"),
+    "VAE's config null": (file_of("vae/config.json", "null"), [], "(vae) cannot be loaded: its config is no JSON"),
+    "VAE's config without blocks": (
+        file_of("vae/config.json", '{"_class_name": "AutoencoderKL"}'),
+        [],
+        "the config of its unet or vae is damaged (KeyError: 'block_out_channels').",
+    ),
+    "VAE's blocks null": (config_of("vae", block_out_channels=None), [], "is damaged (TypeError: "),
+    "flow matching": (
+        file_of("scheduler/scheduler_config.json", json.dumps(FLOW)),
+        [],
+        "scheduler (FlowMatchEulerDiscreteScheduler) has no beta_start and beta_schedule",
+    ),
+    "widths that differ": (
+        config_of("unet", cross_attention_dim=[16, 16, 16, 8]),
+        [],
+        "its U-Net attends to [16, 16, 16, 8]: the text encoder is that of another model.",
+    ),
+    "single file of a projection": (
+        PROJECTION,
+        ["--export", "fp16", "single_file"],
+        "--export single_file takes a CLIPTextModel; the text encoder of ",
+    ),
+    "variant in several files": (
+        of_variant("{}.fp16-00001-of-00002.safetensors", "{}.fp16-00002-of-00002.safetensors"),
+        [],
+        "(text_encoder) cannot be loaded: it has no weights in *.safetensors. Its files are a variant's: "
+        "say --variant fp16.",
+    ),
+    "two variants": (
+        of_variant("{}.fp16.safetensors", "{}-00001-of-00001.bf16.safetensors"),
+        [],
+        "say --variant bf16 or fp16.",
+    ),
+    "variant of the U-Net alone": (
+        lambda folder: of_variant("{}.fp16.safetensors")(folder / "unet"),
+        [],
+        "teacher (unet) cannot be loaded: it has no weights in *.safetensors. Its files are a variant's: say --var",
+    ),
+    "no such variant": (without(), ["--variant", "bf16"], "--variant bf16: "),
+    "pickles": (of_variant("{}.bin"), [], "Only safetensors are read; if you trust its .bin weights, convert them"),
+    "no weights": (of_variant(), [], "(text_encoder) cannot be loaded: it has no weights in *.safetensors."),
+}
+
+
+@pytest.mark.parametrize("name", PARTS_AND_FLAGS)
+def test_a_teacher_with_a_fault(
+    refused_run: Callable[..., str],
+    world: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    flags = changed_teacher(tmp_path_factory.mktemp("t") / "teacher", world["teacher"], "text_encoder", vocab_size=9)
-    assert "its text encoder 9 of them: save the text encoder with the embeddings" in refused_run(flags)
+    """What configs and file names show is said before any weights are read."""
+    change, flags, expected = PARTS_AND_FLAGS[name]
+    folder = tmp_path_factory.mktemp("t") / "teacher"
+    shutil.copytree(world["teacher"], folder)
+    change(folder)
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", None)
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", None)
+    sentence = refused_run(["--pretrained_model_name_or_path", str(folder), *flags])
+    assert expected in sentence
+    assert ("convert" in sentence) == (name == "pickles")
 
 
-def test_a_text_encoder_of_another_width(
-    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    flags = changed_teacher(tmp_path_factory.mktemp("t") / "teacher", world["teacher"], "text_encoder", hidden_size=8)
-    assert "its text encoder gives 8 numbers a token, its U-Net attends to" in refused_run(flags)
-
-
-def test_files_of_a_variant_name_the_flag(
-    refused_run: Callable[..., str], world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(
+    ("change", "variant", "said"),
+    [
+        (of_variant("{}.fp16.safetensors"), None, "someone/tiny (text_encoder) cannot be loaded: it has no weights"),
+        (without(), "fp16", "--variant fp16: --pretrained_model_name_or_path someone/tiny has no "),
+    ],
+)
+def test_a_variant_on_the_hub(
+    refused_run: Callable[..., str],
+    world: dict[str, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    change: Callable[[Path], None],
+    variant: str | None,
+    said: str,
 ) -> None:
     folder = tmp_path_factory.mktemp("t") / "teacher"
     shutil.copytree(world["teacher"], folder)
-    for path in list(folder.rglob("*.safetensors")):
-        path.rename(path.with_suffix(".fp16.safetensors"))
-    assert "say --variant fp16" in refused_run(["--pretrained_model_name_or_path", str(folder)])
+    change(folder)
+    flags = ["--pretrained_model_name_or_path", "someone/tiny", "--cache_dir", str(hub_cache(tmp_path / "c", folder))]
+    sentence = refused_run([*flags, *(["--variant", variant] if variant else [])])
+    assert said in sentence and "out of reach" not in sentence
+    assert variant or sentence.endswith("say --variant fp16.")
 
 
 def test_a_schedule_that_its_library_refuses(refused_run: Callable[..., str]) -> None:
     sentence = refused_run(["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"])
     assert sentence.startswith("--lr_scheduler polynomial with a learning rate of 1e-07: ")
+
+
+@pytest.mark.parametrize(
+    "length", [["--max_train_steps", "10"], ["--num_train_epochs", "2", "--train_batch_size", "4"]]
+)
+def test_a_warm_up_that_takes_all_steps(refused_run: Callable[..., str], length: list[str]) -> None:
+    """The schedule divides by zero in the last step, with 20 images too."""
+    sentence = refused_run(["--lr_scheduler", "polynomial", "--lr_warmup_steps", "10", *length])
+    assert sentence == "--lr_scheduler polynomial: --lr_warmup_steps 10 must not be all of the 10 steps."
 
 
 def test_wandb_without_a_login(world: dict[str, str], tmp_path: Path) -> None:
@@ -596,6 +759,17 @@ def test_wandb_without_a_login(world: dict[str, str], tmp_path: Path) -> None:
     sentence = assert_refused(done.returncode, done.stderr)
     assert not (tmp_path / "out").exists()
     assert sentence.startswith("--report_to wandb: ") and "wandb" in sentence.removeprefix("--report_to wandb: ")
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_a_launcher_whose_processes_are_not_seen(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    args = dt.parse_args(command_line(world, []))
+    monkeypatch.setenv(variable, "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(dt.UserError, match=f"^{variable} is 2, but accelerate sees 1 process: .* unset {variable}.$"):
+        dt.make_accelerator(args)
 
 
 def test_more_processes_launched_than_seen(world: dict[str, str], tmp_path: Path) -> None:

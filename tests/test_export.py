@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
-from helpers import ROOT, assert_equal, flags, make_pipeline, run_script, same_tensors, train, unet_weights
+from helpers import ROOT, assert_equal, flags, hub_cache, make_pipeline, run_script, same_tensors, train, unet_weights
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -37,22 +37,6 @@ def files_of(folder: Path, parts: tuple[str, ...] = UNTRAINED) -> dict[str, byte
     paths = [path for part in parts for path in (folder / part).rglob("*")]
     assert not any(path.is_symlink() for path in paths)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def hub_cache(folder: Path, teacher: Path) -> Path:
-    """The cache of a machine without a network that has fetched `teacher` as someone/tiny: links into blobs."""
-    repository, commit = folder / "models--someone--tiny", "0" * 40
-    for path in teacher.rglob("*"):
-        if path.is_file():
-            link = repository / "snapshots" / commit / path.relative_to(teacher)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            blob = repository / "blobs" / "-".join(path.relative_to(teacher).parts)
-            blob.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, blob)
-            link.symlink_to(blob)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["folder", "variant", "links", "hub"])

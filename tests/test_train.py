@@ -730,7 +730,8 @@ def test_a_teacher_of_which_a_part_is_damaged_is_refused_before_training(tmp_pat
     index = json.loads((teacher / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (teacher / "model_index.json").write_text(json.dumps(index))
-    (teacher / "feature_extractor").mkdir()  # without a file: were there no folder, the part would be left out
+    (teacher / "feature_extractor").mkdir()  # were there no file, the part would be left out
+    (teacher / "feature_extractor" / "preprocessor_config.json").write_text("{")
     with pytest.raises(dt.UserError, match="--pretrained_model_name_or_path .* cannot be loaded"):
         train(teacher, shards, tmp_path / "out", max_train_steps=1)
     assert not (tmp_path / "out").exists()
