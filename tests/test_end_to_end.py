@@ -139,7 +139,7 @@ class UploadHub(Server):
 
 def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, teacher: Path, shards: Path) -> None:
     hub = UploadHub()
-    output = tmp_path / "out"
+    output = tmp_path / "out [1]"
     (output / "photos").mkdir(parents=True)
     for name in (".env", "photos/a.txt"):
         (output / name).write_text("the user's own")
@@ -156,7 +156,7 @@ def test_the_result_is_pushed_without_checkpoints_or_secrets(tmp_path: Path, tea
     assert "Bearer hf_secret" in hub.tokens
     parts = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
     kept = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    single = {"README.md", "val_imgs_grid.png", "model_index.json", "out.safetensors"}
+    single = {"README.md", "val_imgs_grid.png", "model_index.json", "out [1].safetensors"}
     assert set(hub.files) == single | {path for path in kept if path.startswith(parts)}
     assert {".env", "photos/a.txt", "args.json", "checkpoint-1/optimizer.bin"} <= kept
     assert not any(str(tmp_path).encode() in data for data in hub.files.values())

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import ROOT, assert_equal, flags, hub_cache, make_pipeline, run_script, same_tensors, train, unet_weights
+from launcher import Launcher
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -39,7 +40,7 @@ def files_of(folder: Path, parts: tuple[str, ...] = UNTRAINED) -> dict[str, byte
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("kind", ["folder", "variant", "links", "hub"])
+@pytest.mark.parametrize("kind", ["folder", "variant", "variant of a part", "links", "hub"])
 def test_what_is_not_trained_is_handed_on_as_the_teacher_has_it(tmp_path: Path, shards: Path, kind: str) -> None:
     teacher, settings = tmp_path / "teacher", {}
     shutil.copytree(TINY_SD, teacher)
@@ -53,6 +54,9 @@ def test_what_is_not_trained_is_handed_on_as_the_teacher_has_it(tmp_path: Path, 
         for path in list(teacher.rglob("*.safetensors")):
             path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
         (teacher / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"not what was asked for")
+    elif kind == "variant of a part":
+        settings["variant"] = "fp16"
+        path.rename(path.with_name("model.fp16.safetensors"))
     elif kind == "links":
         for path in [path for path in teacher.rglob("*") if path.is_file()]:
             path.rename(tmp_path / f"{path.parent.name}-{path.name}")
@@ -93,8 +97,11 @@ def test_a_flag_changes_the_scheduler_alone(tmp_path: Path, shards: Path) -> Non
     assert found == wanted
 
 
-def test_a_safety_checker_that_is_not_there_is_left_out_with_a_word(tmp_path: Path, shards: Path) -> None:
-    teacher, output = tmp_path / "teacher", tmp_path / "out"
+@pytest.mark.parametrize("kind", ["absent", "without weights", "pickle on the hub"])
+def test_a_safety_checker_that_is_not_there_is_left_out_with_a_word(
+    tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    teacher, output, settings = tmp_path / "teacher", tmp_path / "out", {}
     shutil.copytree(TINY_SD, teacher)
     path = teacher / "model_index.json"
     index = json.loads(path.read_text())
@@ -103,10 +110,16 @@ def test_a_safety_checker_that_is_not_there_is_left_out_with_a_word(tmp_path: Pa
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
     }
     path.write_text(json.dumps(index | absent | {"requires_safety_checker": True}))
-    done = run_script(*flags(teacher, shards, output, max_train_steps=1))
-    assert done.returncode == 0, done.stderr[-3000:]
+    if kind != "absent":
+        (teacher / "feature_extractor").mkdir()
+        (teacher / "safety_checker").mkdir()
+        (teacher / "safety_checker" / "config.json").write_text('{"model_type": "clip"}')
+    if kind == "pickle on the hub":
+        (teacher / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
+        settings["cache_dir"], teacher = hub_cache(tmp_path / "cache", teacher), "someone/tiny"
+    train(teacher, shards, output, max_train_steps=1, **settings)
     for name in absent:
-        assert f"The teacher's {name} is named in its model_index.json and not there: it is left out." in done.stderr
+        assert f"The teacher's {name} is named in its model_index.json and not there: it is left out." in caplog.text
     saved = json.loads((output / "model_index.json").read_text())
     assert saved == index | dict.fromkeys(absent, [None, None]) | {"requires_safety_checker": False}
     assert DiffusionPipeline.from_pretrained(output).safety_checker is None
@@ -272,6 +285,32 @@ def test_what_only_exports_takes_nothing_else(
     with pytest.raises(SystemExit, match="2"):
         dt.parse_args(["--export_from", str(TINY_SD), *line])
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline; a StableDiffusionPipeline is"),
+        ({"text_encoder": ["transformers", "CLIPTextModelWithProjection"]}, "is a CLIPTextModelWithProjection"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_exported(tmp_path: Path, index: dict[str, object], sentence: str) -> None:
+    """Said before anything is loaded: there is nothing but the index."""
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps(json.loads((TINY_SD / "model_index.json").read_text()) | index))
+    with pytest.raises(dt.UserError, match=sentence):
+        dt.main(dt.parse_args(["--export", "single_file", "--export_from", str(tmp_path)]))
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_one_of_several_processes_exports_into_a_folder_with_brackets(tmp_path: Path, launcher: Launcher) -> None:
+    folder = tmp_path / "my [v1] *"
+    shutil.copytree(TINY_SD, folder)
+    line = ["--export", "single_file", "fp16", "--export_from", str(folder)]
+    run = launcher.start(line, tmp_path / "log", ranks=2)
+    assert run.wait() == [0, 0], run.log()[-3000:]
+    assert (folder / "my [v1] *.safetensors").is_file() and len(exports_in(folder)) == 4
+    assert "Exported" in run.log() and "Exported" not in run.log(1)
 
 
 def test_no_pipeline_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,6 +517,30 @@ def test_a_single_file_that_lacks_the_rest(tmp_path: Path, shards: Path) -> None
     line += ["--train_data_dir", shards, "--output_dir", tmp_path / "out", "--single_file_config", TINY_SD]
     sentence = refused(*line)
     assert "diffusion_pytorch_model.safetensors" in sentence and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model", "first_stage_model", "cond_stage_model"])
+def test_a_single_file_that_lacks_a_tensor(tmp_path: Path, single: Path, part: str) -> None:
+    weights = load_file(single)
+    del weights[max(name for name in weights if name.startswith(part))]
+    save_file(weights, tmp_path / "cut.safetensors", metadata={"format": "pt"})
+    with pytest.raises(dt.UserError, match="cut.safetensors.* tensors are missing from it"):
+        dt.open_single_file(str(tmp_path / "cut.safetensors"), str(TINY_SD), None)
+
+
+def test_a_config_that_names_what_it_lacks(tmp_path: Path, single: Path) -> None:
+    """A safety checker is left out, a tokenizer is needed."""
+    dt.Accelerator(cpu=True)
+    shutil.copytree(TINY_SD, tmp_path / "config")
+    path = tmp_path / "config" / "model_index.json"
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    checker |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | checker))
+    assert dt.open_single_file(str(single), str(tmp_path / "config"), None).safety_checker is None
+    dt.open_single_file.cache_clear()
+    shutil.rmtree(tmp_path / "config" / "tokenizer")
+    with pytest.raises(dt.UserError, match="tokenizer is named .* and not there .*--single_file_config .*config"):
+        dt.open_single_file(str(single), str(tmp_path / "config"), None)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,17 @@ def test_without_distillation_the_teacher_is_not_loaded(
     assert model_index["_class_name"] == "StableDiffusionPipeline"
 
 
+def test_a_width_for_every_level_is_one_width(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    """`cross_attention_dim` may be a list: what is trained, saved and exported is the same."""
+    shutil.copytree(teacher, tmp_path / "list")
+    path = tmp_path / "list" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": [16] * 4}))
+    settings = {"max_train_steps": 1, "distill_level": "sd_tiny", "export": ["single_file"]}
+    for name, source in (("of a list", tmp_path / "list"), ("of a number", teacher)):
+        train(source, shards, tmp_path / name, **settings)
+    assert_equal(*(unet_weights(tmp_path / name / "unet") for name in ("of a list", "of a number")))
+
+
 def test_a_student_of_another_level_is_refused(tmp_path: Path, teacher: Path, shards: Path) -> None:
     train(teacher, shards, tmp_path / "tiny", distill_level="sd_tiny", max_train_steps=1)
     with pytest.raises(dt.UserError, match="--student_model_name_or_path holds no sd_small student of this teacher"):
