@@ -1475,7 +1475,8 @@ def absent_parts(index: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     """
     parts = [name for name, kind in index.items() if files and isinstance(kind, (list, tuple)) and any(kind)]
     ends = {name: OPTIONAL_PARTS.get(name, "") for name in parts}
-    absent = [name for name in parts if not any(re.match(rf"{name}/.*{ends[name]}$", file) for file in files)]
+    found = {name: [file for file in files if file.startswith(f"{name}/")] for name in parts}
+    absent = [name for name in parts if not any(file.endswith(ends[name]) for file in found[name])]
     for name in absent:
         named = f"The teacher's {name} is named in its model_index.json and not there"
         if not ends[name]:
@@ -2641,8 +2642,8 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     folder = Path(args.output_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         return [f"--output_dir {folder} is not a folder."]
-    logs = {"logging_dir": Path(f"{folder}/{args.logging_dir}")} if args.report_to != "none" else {}
-    for name, path in ({"output_dir": folder} | logs).items():
+    logs = Path(os.path.normpath(f"{folder}/{args.logging_dir}")) if args.report_to != "none" else folder
+    for name, path in {"output_dir": folder, "logging_dir": logs}.items():
         nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
             return [f"--{name} {path} cannot be written to: {nearest} is not a folder that you may write in."]

@@ -209,6 +209,11 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
         DATA,
         "--logging_dir {root}/stopped/args.json cannot be written to: {root}/stopped/args.json is not a folder that",
     ),
+    "logs elsewhere": (
+        ["--logging_dir", "../file/logs"],
+        DATA,
+        "--logging_dir {root}/file/logs cannot be written to: {root}/file is not a folder that you may write in.",
+    ),
     "output with checkpoints": (
         ["--output_dir", "{root}/stopped"],
         DATA,
