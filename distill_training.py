@@ -69,7 +69,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate import utils as accelerate_utils
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -1452,6 +1452,9 @@ def open_single_file(path: str, config: str | None, cache_dir: str | None) -> St
         configs = f"--single_file_config {config}" if config else "the hub, or from --single_file_config FOLDER"
         why = "tensors are missing from it" if "meta tensor" in str(error) else first_line(error)
         raise UserError(f"--{TEACHER} {path} cannot be loaded: {why} (its configs come from {configs})") from error
+    if pipeline.safety_checker is None and pipeline.config.requires_safety_checker:
+        logger.warning("A single file holds no safety checker: it is left out.")
+        pipeline.register_to_config(requires_safety_checker=False)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and any(tensor.is_meta for tensor in part.state_dict().values()):
             raise UserError(f"--{TEACHER} {path}: tensors are missing from its {name}.")
@@ -1477,6 +1480,8 @@ def absent_parts(index: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     ends = {name: OPTIONAL_PARTS.get(name, "") for name in parts}
     found = {name: [file for file in files if file.startswith(f"{name}/")] for name in parts}
     absent = [name for name in parts if not any(file.endswith(ends[name]) for file in found[name])]
+    if "safety_checker" in parts and "feature_extractor" not in set(parts) - set(absent):
+        absent = list(dict.fromkeys([*absent, "safety_checker"]))  # which the library takes with the other only
     for name in absent:
         named = f"The teacher's {name} is named in its model_index.json and not there"
         if not ends[name]:
@@ -2263,19 +2268,21 @@ def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
 
 def model_spec(pipeline: StableDiffusionPipeline, title: str) -> dict[str, str]:
     """What a single file says of itself, by Stability AI's ModelSpec 1.0.0."""
-    velocity, architecture = pipeline.scheduler.config.prediction_type == "v_prediction", "stable-diffusion-v1"
+    predicts, architecture = pipeline.scheduler.config.prediction_type, "stable-diffusion-v1"
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if pipeline.text_encoder.config.hidden_act != "quick_gelu":
-        architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-    spec = {"sai_model_spec": "1.0.0", "title": title, "architecture": architecture}
-    spec |= {"implementation": "diffusers", "prediction_type": "v" if velocity else "epsilon"}
+        architecture = "stable-diffusion-v2-768-v" if predicts == "v_prediction" else "stable-diffusion-v2-512"
+    spec = {"sai_model_spec": "1.0.0", "title": title, "architecture": architecture, "resolution": f"{side}x{side}"}
+    # The code whose names the tensors have, not the one that wrote them.
+    spec |= {"implementation": "sgm", "prediction_type": {"v_prediction": "v"}.get(predicts, predicts)}
     return {"format": "pt"} | {f"modelspec.{name}": value for name, value in spec.items()}
 
 
 def export_problems(folder: Path, kinds: Sequence[str]) -> list[str]:
-    """What --export would have to overwrite."""
+    """Exports that are there already: they are not overwritten, nor left beside another result."""
     paths = [folder / f"{folder.resolve().name}.safetensors"] if "single_file" in kinds else []
     paths += folder.glob("*/*.fp16.*") if "fp16" in kinds else []
-    return [f"--export would overwrite {path}: move it away." for path in paths if os.path.lexists(path)]
+    return [f"{path} is there, and no export is overwritten: move it away." for path in paths if os.path.lexists(path)]
 
 
 def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
@@ -2284,7 +2291,7 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
     Raises `TrainingError` where that fails; the folder is as it was then, and a file that is there is never replaced.
     """
     partial, half = folder / ".export.partial", {"dtype": torch.float16, "use_safetensors": True}
-    single = partial / f"{folder.resolve().name}.safetensors"
+    single, placed = partial / f"{folder.resolve().name}.safetensors", []
     try:
         if partial.exists():
             shutil.rmtree(partial)  # a killed run's
@@ -2310,8 +2317,11 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
             raise TrainingError(problems[0])
         for path in [*partial.glob("*.safetensors"), *partial.glob("*/*.fp16.*")]:
             data.put_in_place(path, folder / path.relative_to(partial))
-            logger.info(f"Exported {folder / path.relative_to(partial)}, loaded back and equal")
+            placed.append(folder / path.relative_to(partial))
+        logger.info(f"Exported, loaded back and equal: {', '.join(map(str, placed))}")
     except Exception as error:
+        for path in placed:
+            path.unlink(missing_ok=True)
         raise TrainingError(f"--export: {folder} stays as it is: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -2564,7 +2574,7 @@ def validate_args(args: argparse.Namespace) -> list[str]:
     problems += [f"--{name} {fits}" for name in unused if getattr(args, name)]
     if args.single_file_config and single:
         problems += model_path_problems("single_file_config", args.single_file_config)
-    problems += data_problems(args) + output_problems(args) + export_problems(Path(args.output_dir), args.export or [])
+    problems += data_problems(args) + output_problems(args) + export_problems(Path(args.output_dir), EXPORTS)
     if args.allow_changed_settings and args.resume_from_checkpoint is None:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -2963,13 +2973,14 @@ def make_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str:
 
 
 def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
-    """Upload the pipeline and its card, and nothing else of the output folder."""
+    """Upload the pipeline, its card and its exports, and nothing else of the output folder."""
+    single = "single_file" in (args.export or ())
     index = json.loads((Path(args.output_dir) / "model_index.json").read_text())
     written = [
         "README.md",
         "val_imgs_grid.png",
         "model_index.json",
-        *([f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors"] if args.export else []),
+        *([f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors"] if single else []),
         *(f"{name}/*" for name in index if name[0] != "_"),
     ]
     upload = {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
@@ -2982,14 +2993,14 @@ def main(args: argparse.Namespace) -> None:
     Raises `UserError` and `TrainingError` (see there).
     """
     # 1. Accelerator and logging; what only exports needs no more.
-    accelerator = Accelerator(cpu=True) if args.export_from else make_accelerator(args)
+    accelerator = PartialState(cpu=True) if args.export_from is not None else make_accelerator(args)
     line = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
     logging.basicConfig(format=line, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
         library.disable_progress_bar()
-    if args.export_from:
+    if args.export_from is not None:
         check_pipeline(args, "export_from")
         return accelerator.on_main_process(export_pipeline)(Path(args.export_from), args.export)
 

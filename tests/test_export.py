@@ -208,6 +208,7 @@ def test_the_single_file_is_the_folder_in_half_precision(
     wanted = ("stable-diffusion-v1", "epsilon") if family == "1" else ("stable-diffusion-v2-768-v", "v")
     assert (spec["modelspec.architecture"], spec["modelspec.prediction_type"]) == wanted
     assert spec["modelspec.title"] == f"{level}-{family}"
+    assert (spec["modelspec.implementation"], spec["modelspec.resolution"]) == ("sgm", "64x64")
 
 
 def test_a_whole_unet_has_the_numbers_of_stable_diffusion() -> None:
@@ -262,7 +263,9 @@ def test_a_folder_that_exists_is_exported_without_training(
     assert after.pop("small-sd.safetensors") and after == fp16
     # Again: what is there is not overwritten.
     done = run_script(*line)
-    assert done.returncode == 2 and f"--export would overwrite {folder}/small-sd.safetensors" in done.stderr
+    assert (
+        done.returncode == 2 and f"{folder}/small-sd.safetensors is there, and no export is overwritten" in done.stderr
+    )
     assert "Traceback" not in done.stderr and snapshot(folder) == before | fp16 | {
         "small-sd.safetensors": (folder / "small-sd.safetensors").read_bytes()
     }
@@ -326,11 +329,42 @@ def test_a_file_in_the_way_of_the_export_is_said_before_training(
     (tmp_path / "out" / "out.safetensors").write_text("the user's own")
     with pytest.raises(SystemExit, match="2"):
         dt.parse_args(flags(TINY_SD, shards, tmp_path / "out", export=["single_file"]))
-    assert f"--export would overwrite {tmp_path}/out/out.safetensors: move it away." in capsys.readouterr().err
+    assert f"{tmp_path}/out/out.safetensors is there, and no export is overwritten: move" in capsys.readouterr().err
 
 
 def exports_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*.safetensors") if path.parent == folder or ".fp16." in path.name]
+
+
+def test_exports_of_an_earlier_result_are_not_left_beside_another(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "vae").mkdir(parents=True)
+    (tmp_path / "out" / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_text("of another result")
+    with pytest.raises(SystemExit, match="2"):
+        dt.parse_args(flags(TINY_SD, shards, tmp_path / "out"))
+    assert "model.fp16.safetensors is there, and no export is overwritten: move it" in capsys.readouterr().err
+
+
+def test_an_export_that_cannot_be_placed_leaves_the_folder_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second file does not go into its place, as where a part is a link to another disk."""
+    folder, place, placed = tmp_path / "result", dt.data.put_in_place, []
+    shutil.copytree(TINY_SD, folder)
+    before = snapshot(folder)
+
+    def fails_at_last(new: Path, path: Path, *more: Path) -> None:
+        placed.append(path)
+        if len(placed) == 3:
+            raise OSError(18, "Invalid cross-device link")
+        place(new, path, *more)
+
+    monkeypatch.setattr(dt.data, "put_in_place", fails_at_last)
+    dt.Accelerator(cpu=True)
+    with pytest.raises(dt.TrainingError, match="stays as it is: .*Invalid cross-device link"):
+        dt.export_pipeline(folder, ["single_file", "fp16"])
+    assert len(placed) == 3 and snapshot(folder) == before
 
 
 @pytest.mark.parametrize("kind", ["single_file", "fp16"])
@@ -368,7 +402,7 @@ def test_a_file_that_came_in_between_is_kept(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(dt, "same_weights", meanwhile)
     dt.Accelerator(cpu=True)
-    with pytest.raises(dt.TrainingError, match="would overwrite"):
+    with pytest.raises(dt.TrainingError, match="is there, and no export is overwritten"):
         dt.export_pipeline(folder, ["fp16", "single_file"])
     assert [path.read_text() for path in exports_in(folder)] == ["the user's own"]
 
