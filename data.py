@@ -352,18 +352,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     shards, latents = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("shards", "latents"))
     facts = {"vae", "scaling_factor", "resolution", "variants"}
     known = latents is None or (isinstance(latents, dict) and facts <= latents.keys())
-    if not isinstance(shards, list) or not all(map(is_entry, shards)) or not known:
+    if not isinstance(shards, list) or not known or not all(is_entry(shard, manifest) for shard in shards):
         raise UserError(f"{path} is not one that data.py wrote: without it, training reads every *.tar beside it.")
     return manifest
 
 
-def is_entry(shard: Any) -> bool:
-    """Whether this is an entry of a manifest, from which the places of a shard's samples follow."""
+def is_entry(shard: Any, manifest: Mapping[str, Any]) -> bool:
+    """Whether this is an entry of a manifest, from which the places of a shard's samples follow, if it has some."""
     types = {"name": str, "bytes": int, "sha256": str, "count": int}
     if not isinstance(shard, dict) or not all(isinstance(shard.get(key), kind) for key, kind in types.items()):
         return False
     images, captions = (np.shape(shard.get(key)) for key in ("image_bytes", "caption_bytes"))
-    return len(images) == 1 and images == captions
+    return bool(manifest.get("captions_only")) or (len(images) == 1 and images == captions)
 
 
 def latents_of(folder: Path) -> dict[str, Any] | None:
@@ -428,6 +428,28 @@ def decode_text(content: bytes) -> str | None:
         return None
 
 
+def record_of(content: bytes) -> dict[str, Any]:
+    """What a .json file holds; nothing where it is damaged, or no record."""
+    try:
+        record = json.loads(decode_text(content) or "null")
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def caption_entries(caption_column: str) -> tuple[str, ...]:
+    """The entries of .json files that may hold the caption: img2dataset's too, where no other is asked for."""
+    return ("text", "caption") if caption_column == "text" else (caption_column,)
+
+
+def caption_in(content: bytes, is_json: bool, entries: Sequence[str]) -> Any:
+    """The caption, or the list of them, in a .txt or .json file; None where there is none."""
+    if not is_json:
+        return decode_text(content)
+    record = record_of(content)
+    return next((record[entry] for entry in entries if entry in record), None)
+
+
 def entry_of(path: Path) -> dict[str, Any]:
     """The manifest's entry of a shard. Raises UserError where it is cut, or none that `write_tar` wrote."""
     starts, sizes = [], []
@@ -474,7 +496,8 @@ def shards_in(folder: Path) -> list[Path]:
 class Rows(Sequence):
     """Samples read in place, with an account of what is not used of the images that are there.
 
-    `rows[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row.
+    `rows[i]` is `{"image": {"bytes": ...}, "text": caption}`, as `datasets` gives an undecoded row, and
+    `rows.caption(i)` its caption alone, without reading the image.
     """
 
     def __init__(self) -> None:
@@ -510,8 +533,10 @@ class ShardFolder(Rows):
     def __init__(self, folder: Path, caption_column: str = "text") -> None:
         super().__init__()
         self.caption_column = caption_column
-        self._entries = ("text", "caption") if caption_column == "text" else (caption_column,)  # of .json files
+        self._entries = caption_entries(caption_column)
         manifest = read_manifest(folder)
+        if manifest and manifest.get("captions_only"):
+            raise UserError(f"{folder} holds captions without images: --caption_pool reads them.")
         self.latents: dict[str, Any] | None = manifest.get("latents") if manifest else None
         if manifest:
             if not manifest.get("complete", True):
@@ -554,7 +579,7 @@ class ShardFolder(Rows):
         keys: set[str] = set()
         for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
             place = self.places[in_json[index]]
-            record = self._record(*self._read(place, "caption"))
+            record = record_of(*self._read(place, "caption"))
             if record.keys() & set(self._entries):
                 return
             keys |= record.keys()
@@ -611,11 +636,7 @@ class ShardFolder(Rows):
         place = self.places[index]
         image, caption = self._read(place, "image", "caption")
         if self.latents is None:
-            if not place["json"]:
-                return {"image": {"bytes": image}, "text": decode_text(caption)}
-            record = self._record(caption)
-            text = next((record[entry] for entry in self._entries if entry in record), None)
-            return {"image": {"bytes": image}, "text": text}
+            return {"image": {"bytes": image}, "text": caption_in(caption, place["json"], self._entries)}
         try:
             record = json.loads(caption)
             latents = read_npy(image) if image else None
@@ -624,6 +645,12 @@ class ShardFolder(Rows):
             path = self.paths[place["shard"]]
             raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
         return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
+
+    def caption(self, index: int) -> Any:
+        """The caption, or the list of them, of a sample. Raises `OSError` as reading a sample does."""
+        place = self.places[index]
+        entries = self._entries if self.latents is None else ("captions",)
+        return caption_in(*self._read(place, "caption"), place["json"] or self.latents, entries)
 
     def _read(self, place: np.void, *members: str) -> list[bytes]:
         # Opened anew for each sample: nothing to share with workers and no limit on the number of shards.
@@ -635,14 +662,6 @@ class ShardFolder(Rows):
                 if len(contents[-1]) < place[f"{member}_bytes"]:
                     raise OSError(f"{path} is cut short")
         return contents
-
-    @staticmethod
-    def _record(content: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(decode_text(content) or "null")
-        except ValueError:
-            return {}
-        return record if isinstance(record, dict) else {}
 
     def fingerprint(self) -> str:
         """A digest of which samples there are, and of the sizes and times of their files."""
@@ -828,10 +847,13 @@ class ImageFolder(Rows):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, text_file, caption = (column[int(index)].as_py() for column in self.table.columns)
-        path = self.folder / os.fsdecode(name)
-        text = decode_text((self.folder / os.fsdecode(text_file)).read_bytes()) if text_file else json.loads(caption)
-        return {"image": {"bytes": path.read_bytes(), "path": str(path)}, "text": text}
+        path = self.folder / os.fsdecode(self.table["image"][int(index)].as_py())
+        return {"image": {"bytes": path.read_bytes(), "path": str(path)}, "text": self.caption(index)}
+
+    def caption(self, index: int) -> Any:
+        """The caption, or the list of them, of a sample. Raises `OSError` where its file has vanished."""
+        _, text_file, caption = (column[int(index)].as_py() for column in self.table.columns)
+        return decode_text((self.folder / os.fsdecode(text_file)).read_bytes()) if text_file else json.loads(caption)
 
     def select(self, indices: Sequence[int]) -> "ImageFolder":
         """Keep these samples only, in this order."""
@@ -846,6 +868,46 @@ class ImageFolder(Rows):
             files = [path.stat() for path in paths if path.exists()]  # a broken link is counted when it is read
             digest.update(repr((name, caption, [(file.st_size, file.st_mtime_ns) for file in files])).encode())
         return digest.hexdigest()
+
+
+def read_captions(source: Path, caption_column: str, caption_extension: str | None) -> Iterator[Any]:
+    """A caption, or a list of them, for every sample of shards, with or without images, of a folder of images, or for
+    every line of a text file, in order. Raises as their readers do."""
+    if source.is_file():
+        with open(source, "rb") as file:
+            codec = codec_of(file.read(4))
+        with open(source, encoding=codec, errors="replace") as lines:
+            yield from (line.rstrip("\n") for line in lines)
+    elif shards := shards_in(source):
+        entries = ("captions", *caption_entries(caption_column))
+        for path in shards:
+            with open(path, "rb") as shard:
+                for name, start, size in walk_tar(path):
+                    suffix = split_member(name)[1]
+                    if suffix in (".txt", ".json") and "/._" not in f"/{name}":
+                        shard.seek(start)
+                        yield caption_in(shard.read(size), suffix == ".json", entries)
+    else:
+        rows = ImageFolder(source, caption_column, caption_extension)
+        yield from map(rows.caption, range(len(rows)))
+
+
+def captions_fingerprint(source: Path, caption_column: str, caption_extension: str | None) -> str:
+    """What tells whether `read_captions` gives the same: quick however many captions there are."""
+    if source.is_file():
+        size, lines = source.stat().st_size, []
+        with open(source, "rb") as file:
+            for start in np.linspace(0, size, 256, dtype=int).tolist():
+                file.seek(start)
+                lines.append(file.readline())
+        facts = size, source.stat().st_mtime_ns, lines
+    elif manifest := read_manifest(source):
+        facts = [shard.get("sha256") for shard in manifest["shards"]]
+    elif shards := shards_in(source):
+        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
+    else:
+        facts = ImageFolder(source, caption_column, caption_extension).fingerprint()
+    return hashlib.blake2b(repr((facts, caption_column)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1089,7 +1151,7 @@ def texts(column: pa.Array, name: str) -> pa.Array:
 
 
 def url_hashes(urls: pa.Array) -> np.ndarray:
-    """64-bit hashes: two of 2.7 million different URLs share one with a chance of 1 in 5 million."""
+    """64-bit hashes of URLs, or captions: two of 2.7 million share one with a chance of 1 in 5 million."""
     from pandas.util import hash_array
 
     return hash_array(np.asarray(urls.to_pylist(), dtype=object), categorize=False)
@@ -1104,7 +1166,7 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
     filters = [(text, *parse_filter(text)) for text in args.filter]
     dropped: dict[str, int] = {}
     rows, hashes, total = [np.empty(0, np.int64)], [np.empty(0, np.uint64)], 0
-    columns = [args.url_column, args.caption_column]
+    columns = [args.caption_column if args.captions_only else args.url_column, args.caption_column]
     types = dict.fromkeys(columns, TEXT)
     for _, column, _, value in filters:
         types.setdefault(column, TEXT if isinstance(value, str) else pa.float64())
@@ -1113,8 +1175,8 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
         good = {
             "no URL": pc.not_equal(urls, ""),
             "URL is not http(s)": pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]"),
-            "no caption": pc.not_equal(captions, ""),
         }
+        good = ({} if args.captions_only else good) | {"no caption": pc.not_equal(captions, "")}
         for text, column, compare, value in filters:
             try:
                 good[f"filter {text}"] = compare(batch[column], pa.scalar(value))
@@ -1130,7 +1192,7 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
         total += len(batch)
     _, firsts = np.unique(np.concatenate(hashes), return_index=True)
     chosen = np.concatenate(rows)
-    dropped["duplicate URL"] = len(chosen) - len(firsts)
+    dropped["duplicate caption" if args.captions_only else "duplicate URL"] = len(chosen) - len(firsts)
     chosen = chosen[np.sort(firsts)]
     return np.random.default_rng(args.seed).permutation(chosen)[: args.max_samples], total, dropped
 
@@ -1158,11 +1220,13 @@ def write_shard_inputs(
             for number in range(math.ceil(len(order) / per_group))
         ]
         hash_column = [args.verify_hash] if args.verify_hash and expected is None else []
-        columns = [args.url_column, args.caption_column, *hash_column]
+        columns = [*([] if args.captions_only else [args.url_column]), args.caption_column, *hash_column]
         for first, batch in read_batches(files, dict.fromkeys(columns, TEXT)):
             start, end = np.searchsorted(rows, [first, first + len(batch)])
             chosen = batch.take(pa.array(rows[start:end] - first))
-            urls = texts(chosen[args.url_column], args.url_column)
+            urls = pa.nulls(len(chosen), TEXT)
+            if not args.captions_only:
+                urls = texts(chosen[args.url_column], args.url_column)
             if hash_column:
                 digests = pc.utf8_lower(texts(chosen[args.verify_hash], args.verify_hash)).cast(pa.string())
                 wrong = pc.filter(digests, pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
@@ -1186,6 +1250,41 @@ def write_shard_inputs(
             name = shard_name((number * per_group + start) // per_shard)
             write_rows(folder / f"{name}.arrow", table.slice(start, per_shard))
         group_file.unlink()
+
+
+def caption_tar(positions: Sequence[int], captions: Sequence[str]) -> bytes:
+    """A tar of `<position>.txt` files. One header is patched for all: tarfile would take three times as long."""
+    header = bytearray(tarfile.TarInfo(f"{0:09d}.txt").tobuf(tarfile.USTAR_FORMAT))
+    pieces = []
+    for position, caption in zip(positions, captions, strict=True):
+        content = caption.encode()
+        header[:9], header[124:135] = b"%09d" % position, b"%011o" % len(content)
+        header[148:156] = b" " * 8  # the checksum counts itself as spaces
+        header[148:156] = b"%06o\0 " % sum(header)
+        pieces += [bytes(header), content, bytes(-len(content) % 512)]
+    return b"".join(pieces) + bytes(10240)
+
+
+def write_captions(work: Path, names: Sequence[str], args: argparse.Namespace) -> None:
+    """Make shards of captions of the files of `write_shard_inputs`, and the manifest.
+
+    A shard that is there and the same is left as it is: so a run goes on, a folder grows and damage is mended.
+    """
+    from tqdm import tqdm
+
+    folder, entries = Path(args.output_dir), []
+    for name in tqdm(names, "Writing", unit=" shards"):
+        with pa.ipc.open_file(work / f"{name}.arrow") as reader:
+            table = reader.read_all()
+        content = caption_tar(table["position"].to_pylist(), table["caption"].to_pylist())
+        path, digest = folder / f"{name}.tar", hashlib.sha256(content).hexdigest()
+        if not path.is_file() or file_sha256(path) != digest:
+            hidden(path).write_bytes(content)
+            sync(hidden(path))
+            put_in_place(hidden(path), path)
+        entries.append(json.dumps({"name": path.name, "bytes": len(content), "sha256": digest, "count": len(table)}))
+        (work / f"{name}.arrow").unlink()
+    write_manifest(folder, args.request | {"complete": True}, entries)
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
@@ -2054,8 +2153,13 @@ def remove_if_empty(folder: Path) -> None:
 def leave_finished_shards(folder: Path) -> None:
     """Remove what is unfinished, and the manifest of a folder that holds no shard."""
     clear_unfinished(folder)
-    if not any(folder.glob("*.parquet")):  # a shard's parquet comes before its tar
+    if not holds_shards(folder):
         (folder / "manifest.json").unlink(missing_ok=True)
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether there is a shard, or its parquet, which comes before its tar."""
+    return any(folder.glob("*.parquet")) or any(folder.glob("*.tar"))
 
 
 def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -2082,7 +2186,11 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
         return None
     if manifest.get("format") != FORMAT or "latents" in manifest:
         raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
-    if not any(folder.glob("*.parquet")):
+    if manifest.get("captions_only", False) != args.captions_only:
+        raise UserError(
+            f"--output_dir {folder} was made {'without' if args.captions_only else 'with'} --captions_only"
+        )
+    if not holds_shards(folder):
         return None  # nothing there that other settings could be mixed with
     refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in IMAGE_SETTINGS})
     return manifest
@@ -2166,6 +2274,8 @@ def check_tools(args: argparse.Namespace) -> None:
     """Refuse at once what would fail later: a distributor that isn't installed, wandb without a login."""
     if importlib.util.find_spec("fcntl") is None:
         raise UserError("data.py needs a POSIX system to download (training reads its shards on any)")
+    if args.captions_only:
+        return
     if args.distributor != "multiprocessing" and importlib.util.find_spec(args.distributor) is None:
         sentence = f"--distributor {args.distributor}: that package is not installed (pip install {args.distributor})"
         raise UserError(sentence)
@@ -2263,6 +2373,11 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
         faults = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
         named = {entry["name"] for entry in manifest["shards"]}
         faults += [f"{path.name} is not in the manifest" for path in shards if path.name not in named]
+        if manifest.get("captions_only"):
+            print(f"{sum(entry['count'] for entry in manifest['shards']):,} captions are there.")
+            found = threads.map(lambda entry: tar_fault(folder / entry["name"], entry), manifest["shards"])
+            pairs = zip(manifest["shards"], found, strict=True)
+            return faults + [f"{entry['name']} {fault}" for entry, fault in pairs if fault]
         variants = manifest["latents"]["variants"] if "latents" in manifest else None
         with progress(total=sum(entry["count"] for entry in manifest["shards"])) as bar:
             for entry in manifest["shards"]:
@@ -2346,6 +2461,7 @@ FLAGS = {
              "a local parquet, csv, tsv, json, jsonl or txt table, or a folder of some, instead of a Hub dataset"),
         Flag("url_column", str, "url", None, "column with the URL of the image"),
         Flag("caption_column", str, CAPTION_COLUMN, None, "column with the caption"),
+        Flag("captions_only", bool, False, None, "write captions alone, for --caption_pool; nothing else is fetched"),
         Flag("filter", str, [], None, 'rows to keep, as in "punsafe<0.1"', nargs="+", action="extend", metavar="TEST"),
         Flag("max_samples", int, 250_000, AT_LEAST_1, "rows to fetch, after the shuffle; a folder may grow by it"),
         Flag("seed", int, 0, AT_LEAST_0, "of the shuffle"),
@@ -2397,6 +2513,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     usage = "python data.py [--output_dir DIR] [flags] | python data.py --check DIR"
     parser = make_parser(FLAGS, __doc__.splitlines()[0], usage)
     args = parser.parse_args(input_args)
+    of_images = [flag for group in ("images", "download", "output") for flag in FLAGS[group]]
+    kept = ("number_sample_per_shard", "output_dir", "check")
+    given = [flag.name for flag in of_images if getattr(args, flag.name) != flag.default and flag.name not in kept]
     if args.min_image_size is None:
         args.min_image_size = args.image_size
     if args.caption_file:
@@ -2408,6 +2527,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         except ValueError:
             signs, example = " ".join(COMPARISONS), """'punsafe<0.1' or 'LANGUAGE=="en"'"""
             problems.append(f"--filter must be a column, one of {signs}, a value, as {example}; got {text!r}")
+    if args.captions_only and (given := given + (["url_column"] if args.url_column != "url" else [])):
+        problems.append(f"--captions_only fetches no image: leave out {', '.join(f'--{name}' for name in given)}")
     if args.revision and args.caption_file:
         problems.append("--revision belongs to a Hub dataset, --caption_file is a local one: give one of them")
     if args.user_agent and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", args.user_agent):
@@ -2442,7 +2563,8 @@ def main(args: argparse.Namespace) -> int:
             revision = args.revision or (manifest and manifest["input"]["revision"])
             print(f"Captions: {args.dataset_name} from the Hub, revision {revision or 'main'}.")
             commit, files = fetch_captions(args.dataset_name, revision)
-        wanted = {args.url_column: "--url_column", args.caption_column: "--caption_column"}
+        wanted = {} if args.captions_only else {args.url_column: "--url_column"}
+        wanted[args.caption_column] = "--caption_column"
         wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
         expected = None
         if args.verify_hash and Path(args.verify_hash).exists():
@@ -2468,24 +2590,30 @@ def main(args: argparse.Namespace) -> int:
                 "verify_hash_sha256": expected and expected.fingerprint(),
             },
             "rows": {"read": total, "dropped": dropped, "chosen": rows},
-        }
+        } | ({"captions_only": True} if args.captions_only else {})
         if manifest:
             refuse_other_rows(folder, manifest, args.request, order)
         else:
             write_manifest(folder, args.request | {"complete": False}, [])  # from here on it is known as ours
         names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
         work = clear_unfinished(folder)
-        faults = forget_damaged(folder, names)
+        faults = [] if args.captions_only else forget_damaged(folder, names)
 
         # 5. Say what is about to happen
-        work.mkdir()
-        write_shard_inputs(files, order, work, args, expected)
-        to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
-        del order, expected
         print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
         for reason, count in dropped.items():
             print(f"  dropped, {reason}: {count:,}")
         print(f"Rows chosen: {rows:,}, in {len(names):,} shards of {args.number_sample_per_shard:,} in {folder}")
+        work.mkdir()
+        if args.captions_only:
+            print(f"Disk space: about {rows * 1024 / 1e9:,.2f} GB, and a third of that while it is written.")
+            write_shard_inputs(files, order, work, args, None)
+            write_captions(work, names, args)
+            print(f"{rows:,} captions are in {folder}")
+            return 0
+        write_shard_inputs(files, order, work, args, expected)
+        to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
+        del order, expected
         print("".join(f"{fault}\n" for fault in faults), end="")
         print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
         need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9

@@ -292,6 +292,9 @@ def check_student(student_config: Mapping[str, Any], teacher_config: Mapping[str
 # Distillation loss (BK-SDM, equations 1 to 3): task, output and feature terms, all of them in float32.
 
 
+WEIGHTS = ("task_weight", "output_weight", "feature_weight")  # of the terms, by the names of their flags
+
+
 class FeatureTap:
     """Keeps what the named blocks of `model` last put out, by forward hooks.
 
@@ -355,18 +358,26 @@ def distillation_loss(
     student_features: Sequence[Tensor],
     teacher_features: Sequence[Tensor],
     *,
+    task_weight: float = 1.0,
     output_weight: float,
     feature_weight: float,
+    swapped: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted sum and unweighted terms of the loss (BK-SDM, equations 1 to 3), in float32 whatever comes in.
 
     Predictions and target are (B, C, H, W); features are two equally long lists, pair by pair of one shape.
     `teacher_pred` may be None (no teacher): the output term is then 0, as the feature term is without features.
+    `swapped` (B,) marks samples that another's caption conditions, which have no task term: the divisor stays that of
+    the whole batch, so that all samples weigh the same in every batch and process.
     Returns scalars `loss`, `task_loss`, `output_loss`, `feature_loss`, and `feature_losses` (pairs,), which
     `feature_loss` is the sum of. Raises `ValueError` where a pair differs in shape or one list is longer.
     """
     student_pred = student_pred.float()
-    task_loss = F.mse_loss(student_pred, target.float())
+    if swapped is None:
+        task_loss = F.mse_loss(student_pred, target.float())
+    else:
+        errors = F.mse_loss(student_pred, target.float(), reduction="none").mean((1, 2, 3))
+        task_loss = (errors * ~swapped).mean()
     output_loss = (
         torch.zeros_like(task_loss) if teacher_pred is None else F.mse_loss(student_pred, teacher_pred.float())
     )
@@ -379,7 +390,7 @@ def distillation_loss(
     feature_losses = torch.stack(pair_losses) if pair_losses else task_loss.new_zeros(0)
     feature_loss = feature_losses.sum()
     return {
-        "loss": task_loss + output_weight * output_loss + feature_weight * feature_loss,
+        "loss": task_weight * task_loss + output_weight * output_loss + feature_weight * feature_loss,
         "task_loss": task_loss,
         "output_loss": output_loss,
         "feature_loss": feature_loss,
@@ -447,7 +458,8 @@ class Distillation(Components):
 def losses_of(run: Distillation, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Forward pass of one micro-batch: `distillation_loss` of student and teacher on the same noisy latents.
 
-    `batch` is `collate_fn`'s; `generator`, on the run's device, decides latents, noise and timesteps.
+    `batch` is `collate_fn`'s; `generator`, on the run's device, decides latents, noise, timesteps and which samples
+    are conditioned on another caption.
     """
     args, device, noise_scheduler = run.args, run.accelerator.device, run.noise_scheduler
     # 1. Latents, sampled from the posterior in float32.
@@ -470,9 +482,15 @@ def losses_of(run: Distillation, batch: Mapping[str, Tensor], generator: torch.G
     timesteps = torch.randint(0, steps, latents.shape[:1], generator=generator, device=device)
     noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
     target = prediction_target(noise_scheduler, latents, noise, timesteps)
-    # 3. Text.
+    # 3. Text: of some samples, the more often the noisier they are, that of a caption from the pool. A fixed function,
+    # the teacher is a target for any of them, the noise is not (random conditioning, https://arxiv.org/abs/2504.02011).
+    input_ids, swapped = batch["input_ids"].to(device, non_blocking=True), None
+    if args.random_conditioning:
+        chance = torch.exp(-args.random_conditioning * (1 - timesteps / steps))
+        swapped = torch.rand(chance.shape, generator=generator, device=device) < chance
+        input_ids = torch.where(swapped[:, None], batch["pool_input_ids"].to(device, non_blocking=True), input_ids)
     with torch.no_grad():
-        encoder_hidden_states = run.text_encoder(batch["input_ids"].to(device, non_blocking=True))[0]
+        encoder_hidden_states = run.text_encoder(input_ids)[0]
     # 4. Student.
     student_pred = run.unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
     # 5. Teacher.
@@ -484,8 +502,8 @@ def losses_of(run: Distillation, batch: Mapping[str, Tensor], generator: torch.G
             )[0]
     # 6. Loss.
     features = [tap.pop() if tap else [] for tap in (run.student_tap, run.teacher_tap)]
-    weights = {"output_weight": args.output_weight, "feature_weight": args.feature_weight}
-    return run.loss_function(student_pred, teacher_pred, target, *features, **weights)
+    weights = {name: getattr(args, name) for name in WEIGHTS}
+    return run.loss_function(student_pred, teacher_pred, target, *features, **weights, swapped=swapped)
 
 
 def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: int) -> tuple[Tensor, Tensor | None]:
@@ -750,6 +768,13 @@ def tokenize_captions(captions: Sequence[str | Sequence[str]], tokenizer: CLIPTo
     return tokenizer(texts, max_length=tokenizer.model_max_length, **settings).input_ids
 
 
+def usable_captions(text: Any) -> list[str]:
+    """Of a caption or a list of them what can be learnt: not empty, decoded, without a NUL of another encoding."""
+    captions = [each for each in (text if isinstance(text, (list, tuple)) else [text]) if isinstance(each, str)]
+    captions = [each for each in captions if each.strip() and "\ufffd" not in each and "\0" not in each]
+    return [each.encode("utf-8", "replace").decode() for each in captions]  # half a surrogate pair, from JSON
+
+
 def load_pixels(source: Mapping[str, Any], transform: Callable[..., Tensor], seed: int) -> tuple[Tensor, bool]:
     """An undecoded image as `transform` gives it, and whether it was enlarged. Raises `UnusableSample`."""
     try:
@@ -792,22 +817,20 @@ def prepare_example(
     tokenizer: CLIPTokenizer | None,
     proportion_empty_prompts: float,
     mirrors: bool = False,
+    pool: "CaptionPool | None" = None,
 ) -> dict[str, Any]:
     """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
 
-    The caption, its dropout, the crop and the flip follow from `seed` alone. `mirrors` draws one of two variants of
-    latents. Without a tokenizer the example has all `captions`, and whether it was `enlarged`, for shards of latents.
+    The caption, its dropout, that from the pool, the crop and the flip follow from `seed` alone. `mirrors` draws one
+    of two variants of latents. Without a tokenizer the example has all `captions`, and whether it was `enlarged`, for
+    shards of latents.
     """
     if {"latents", "fault"} <= row.keys():
         example, enlarged = load_latents(row, mirrors, seed), row["enlarged"]
     else:
         pixel_values, enlarged = load_pixels(row[columns[0]], transform, seed)
         example = {"pixel_values": pixel_values}
-    captions = row[columns[1]] if isinstance(row[columns[1]], (list, tuple)) else [row[columns[1]]]
-    captions = [text for text in captions if isinstance(text, str) and text.strip()]
-    # A mark of what could not be decoded, or a NUL of another encoding, is nothing to learn.
-    captions = [text for text in captions if "\ufffd" not in text and "\0" not in text]
-    captions = [text.encode("utf-8", "replace").decode() for text in captions]  # half a surrogate pair, from JSON
+    captions = usable_captions(row[columns[1]])
     if not captions:
         raise UnusableSample(EMPTY_CAPTION)
     if tokenizer is None:
@@ -815,26 +838,33 @@ def prepare_example(
     rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
     counts[ENLARGED] = enlarged
     caption = "" if rng.random() < proportion_empty_prompts else rng.choice(captions)
+    if pool is not None:  # where the caption is left empty, so is the one from the pool
+        example["pool_input_ids"] = pool[rng.randrange(len(pool))] if caption else None
     return {**example, "caption": caption, "counts": counts}
 
 
 def tokenize_examples(examples: list[dict[str, Any]], tokenizer: CLIPTokenizer) -> list[dict[str, Tensor]]:
     """The examples with `input_ids` (tokens,) for `caption`; of a batch at once, which takes a third of the time."""
     rows = tokenize_captions([example.pop("caption") for example in examples], tokenizer, random.Random())
-    return [{**example, "input_ids": input_ids} for example, input_ids in zip(examples, rows, strict=True)]
+    for example, input_ids in zip(examples, rows, strict=True):
+        example["input_ids"] = input_ids
+        if example.get("pool_input_ids", input_ids) is None:
+            example["pool_input_ids"] = input_ids
+    return examples
 
 
 class DistillationDataset(Dataset):
     """Map-style training data. `dataset[i]` is row i in file order, `dataset[(epoch, i)]` the same as of `epoch`.
 
     An example has `pixel_values` (3, H, W) in [-1, 1], or `latent_mean` and `latent_std` (C, h, w) float16 of a row of
-    latents; and `input_ids` (tokens,) and `counts` (see `collate_fn`). A row that is broken is replaced by the next
-    good one in an order that follows from (seed, epoch, row); `UserError` is raised only where all are broken.
+    latents; `input_ids` (tokens,), with a pool `pool_input_ids` too; and `counts` (see `collate_fn`). A row that is
+    broken is replaced by the next good one in an order that follows from (seed, epoch, row); `UserError` is raised
+    only where all are broken.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], seed: int, **prepare: Any) -> None:
         self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
-        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors
+        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -982,6 +1012,9 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
         source = " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
         shared = f"{processes} processes with {args.dataloader_num_workers} workers, {args.train_batch_size} at a time"
         return f"{source} for {shared}"
+    if isinstance(dataset.rows, range):
+        made = f"{args.teacher_latents_steps} steps, guidance {args.teacher_latents_guidance_scale}"
+        return f"{len(dataset)} of the teacher's latents ({made}, seed {args.teacher_latents_seed})"
     digest = hashlib.blake2b(digest_size=8)
     for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 256)).astype(int).tolist():
         try:
@@ -1079,7 +1112,13 @@ def make_train_dataset(
     args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
 ) -> DistillationDataset | StreamingDataset:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
-    if args.train_data_dir is not None:
+    if is_teacher_made(args):
+        logger.info(f"The latents are the teacher's, made with guidance: the task term weighs {args.task_weight:g}")
+    if args.random_conditioning and not args.proportion_empty_prompts:
+        logger.warning("--random_conditioning without --proportion_empty_prompts: guidance needs empty captions too.")
+    if args.teacher_latents is not None:
+        rows, columns = range(args.teacher_latents), ("image", "text")  # until the teacher has made them
+    elif args.train_data_dir is not None:
         folder, columns = Path(args.train_data_dir), ("image", "text")
         try:
             if args.image_column != "image":
@@ -1153,10 +1192,115 @@ def ignore_signals(_worker: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# The caption pool: captions without images, for random conditioning and for latents made by the teacher.
+
+TOKENIZED_AT_ONCE = 4096
+
+
+class CaptionPool(Sequence):
+    """Captions as token ids in a memory-mapped file, 2 bytes a token: `pool[i]` is (tokens,), int64."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        self.path, self.ids = path, np.memmap(path, np.uint16, "r").reshape(-1, tokens)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.ids[index].astype(np.int64))
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int]]:  # a worker that is not forked maps the file too
+        return CaptionPool, (self.path, self.ids.shape[1])
+
+    def fingerprint(self) -> str:
+        """What tells whether a resumed run has the same captions: their number, with a digest of 256 of them."""
+        some = self.ids[np.linspace(0, len(self) - 1, min(len(self), 256)).astype(int)]
+        return f"{len(self)} captions ({hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()})"
+
+
+def pool_captions(args: argparse.Namespace, dataset: DistillationDataset | None) -> tuple[Iterator[Any], str]:
+    """The texts of --caption_pool, or of the data, in order, and what tells whether they are the same again."""
+    if args.caption_pool is not None:
+        settings = Path(args.caption_pool), args.caption_column, args.caption_extension
+        return data.read_captions(*settings), data.captions_fingerprint(*settings)
+    rows, column = dataset.rows, dataset.columns[1]
+    if isinstance(rows, data.Rows):
+        return map(rows.caption, range(len(rows))), rows.fingerprint()
+    return iter(rows[column]), rows._fingerprint
+
+
+def make_caption_pool(
+    args: argparse.Namespace, dataset: DistillationDataset | None, tokenizer: CLIPTokenizer, accelerator: Accelerator
+) -> CaptionPool | None:
+    """The captions of `pool_captions`, tokenised where that was not done before; None where nothing reads them.
+
+    To be called by all processes. With --random_conditioning the samples have it from here on. Raises `UserError`
+    where there are too few, and `TrainingError` where the file cannot be shared.
+    """
+    if not (args.teacher_latents or args.random_conditioning):
+        return None
+    texts, fingerprint = pool_captions(args, dataset)
+    facts = fingerprint, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+    path = latents_folder(args) / f"captions-{digest}" / "tokens.uint16"
+    if accelerator.is_main_process:
+        with folder_lock("latents_cache_dir", path.parent, True):
+            if not path.exists():
+                tokenize_pool(texts, tokenizer, path)
+    accelerator.wait_for_everyone()
+    if any_process(accelerator, not path.exists()):
+        raise TrainingError(f"{path} is not there everywhere: all machines must share it (--latents_cache_dir).")
+    pool = CaptionPool(path, tokenizer.model_max_length)
+    if len(pool) < (args.teacher_latents or 1):
+        raise UserError(f"--teacher_latents {args.teacher_latents} is more than --caption_pool has: {len(pool):,}.")
+    dataset.prepare["pool"] = pool if args.random_conditioning else None
+    return pool
+
+
+def choose_captions(args: argparse.Namespace, size: int) -> list[str]:
+    """The texts of --teacher_latents captions of a pool of `size`, drawn by --teacher_latents_seed, in their order."""
+    generator = torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "captions"))
+    chosen = torch.randperm(size, generator=generator)[: args.teacher_latents].tolist()
+    wanted, texts = set(chosen), {}
+    usable = (caption for text in pool_captions(args, None)[0] for caption in usable_captions(text))
+    for number, caption in enumerate(usable):
+        if number in wanted:
+            texts[number] = caption
+    return [texts[number] for number in chosen]
+
+
+def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, path: Path) -> None:
+    """Write the token ids of all usable captions; what is there of an earlier try is gone on from."""
+    partial, row, kept, left_out = data.hidden(path), 2 * tokenizer.model_max_length, 0, 0
+    done = partial.stat().st_size // row if partial.exists() else 0
+
+    def captions() -> Iterator[str]:
+        nonlocal left_out
+        for text in texts:
+            usable = usable_captions(text)
+            left_out += not usable
+            yield from usable
+
+    logger.info(f"Tokenising captions into {path}, {row} bytes for each")
+    with open(partial, "ab") as file, tqdm(desc="Tokenising", unit=" captions", initial=done) as progress:
+        file.truncate(done * row)
+        remaining = itertools.islice(captions(), done, None)
+        while chunk := list(itertools.islice(remaining, TOKENIZED_AT_ONCE)):
+            file.write(tokenize_captions(chunk, tokenizer, random.Random()).numpy().astype(np.uint16).tobytes())
+            progress.update(len(chunk))
+        kept = file.tell() // row
+    logger.info(f"The pool has {kept:,} captions; left out: {left_out:,} samples without one that can be used")
+    if kept == 0:
+        raise UserError("The caption pool holds no caption that can be used (--caption_pool).")
+    data.put_in_place(partial, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Latents: of every image the mean and the standard deviation, in half precision (the least deviation of a VAE,
 # exp(-15), is not yet zero there), beside its captions, in shards as data.py writes them. Their folder is named by a
 # digest of all that they follow from, so that latents of anything else are never read.
 
+TEACHER_MADE = "the teacher, by DPM-Solver++"
 LATENTS_PER_SHARD = 512  # 32 MiB at 512 pixels; no more than this is encoded again after a kill
 
 
@@ -1275,78 +1419,234 @@ def finished_shards(folder: Path, shards: Mapping[int, range]) -> dict[int, str]
     return entries
 
 
+def latents_shape(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of one image."""
+    side = args.resolution // vae_factor(vae.config)
+    return vae.config.latent_channels, side, side
+
+
+def latents_folder(args: argparse.Namespace) -> Path:
+    """Where latents and token ids are kept, each in a folder named by what it follows from."""
+    return Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents")
+
+
 def complete_latents(
     folder: Path,
     facts: Mapping[str, Any],
-    dataset: DistillationDataset,
-    vae: AutoencoderKL,
+    size: int,
+    shape: Sequence[int],
+    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]],
     args: argparse.Namespace,
     accelerator: Accelerator,
 ) -> None:
-    """Make the shards that are missing, each process its part, then the manifest. Raises as `cache_latents` does."""
-    starts = range(0, len(dataset), LATENTS_PER_SHARD)
-    shards = {n: range(len(dataset))[start : start + LATENTS_PER_SHARD] for n, start in enumerate(starts)}
+    """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_rows` does."""
+    shards = {n: range(size)[at : at + LATENTS_PER_SHARD] for n, at in enumerate(range(0, size, LATENTS_PER_SHARD))}
     entries, free = {}, 0
     if accelerator.is_main_process:
         entries, free = finished_shards(folder, shards), shutil.disk_usage(folder).free
     finished, free = broadcast_object_list([set(entries), free])
     missing = {number: rows for number, rows in shards.items() if number not in finished}
-    images, side = sum(map(len, missing.values())), args.resolution // vae_factor(vae.config)
-    needed = images * ((1 + args.random_flip) * 4 * vae.config.latent_channels * side**2 + 2048)  # headers, captions
+    images = sum(map(len, missing.values()))
+    needed = images * (facts["variants"] * 4 * math.prod(shape) + 2048)  # mean and deviation; headers, captions
     takes, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
     if needed > free:
-        needs = f"--cache_latents needs {takes} in {folder} for {images:,} images, where {has} are free"
+        flag = "teacher_latents" if args.teacher_latents else "cache_latents"
+        needs = f"--{flag} needs {takes} in {folder} for {images:,} images, where {has} are free"
         raise UserError(f"{needs}: make room or choose another --latents_cache_dir.")
-    logger.info(f"Encoding {images:,} of {len(dataset):,} images into {folder}, which will take {takes}")
-    started, show = time.perf_counter(), accelerator.is_main_process
-    vae = freeze(vae, accelerator.device, torch.float32)  # what is kept for good is not rounded on the way
-    if use_channels_last(accelerator.device, torch.float32, args.compile):
-        vae.to(memory_format=torch.channels_last)
-    if args.compile:
-        vae.encoder.compile(dynamic=False)
+    logger.info(f"Making latents of {images:,} of {size:,} images in {folder}, which will take {takes}")
+    started = time.perf_counter()
     mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # on by default, with 10 bits of mantissa
-        made = list(encode_shards(folder, mine, RowsToEncode(dataset, args), vae, args, show))
-    entries |= dict(accelerate_utils.gather_object(made))
+    entries |= dict(accelerate_utils.gather_object(list(make(folder, mine))))
     if accelerator.is_main_process:
         head = {"format": data.FORMAT, "complete": True, "latents": facts}
         data.write_manifest(folder, head, [entries[number] for number in shards])
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
-    logger.info(f"Encoded {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
+    logger.info(f"Made latents of {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
 
 
-def cache_latents(
-    dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace, accelerator: Accelerator
-) -> DistillationDataset:
-    """The same samples with `latent_mean` and `latent_std` for `pixel_values`, read from their shards.
+def latents_rows(
+    facts: Mapping[str, Any],
+    size: int,
+    shape: Sequence[int],
+    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> data.ShardFolder:
+    """The shards of `size` latents, `shape` (C, h, w) each, that follow from `facts`; to be called by every process.
 
-    Where those are not whole, all processes make what is missing first; to be called by each. Raises `UserError`
-    where there is no room for them, and `TrainingError` where they cannot be written.
+    Where those are not whole, all processes `make` what is missing first. Raises `UserError` where there is no room
+    for them, and `TrainingError` where they cannot be written.
     """
-    facts = describe_latents(dataset, vae, args)
-    folder = Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents")
-    folder /= hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+    folder = latents_folder(args) / hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
     # The main process alone looks before anything is made: a network's file system remembers what was not there.
-    rows = open_latents(folder, len(dataset)) if accelerator.is_main_process else None
+    rows = open_latents(folder, size) if accelerator.is_main_process else None
     if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
         with folder_lock("latents_cache_dir", folder, True) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
-                rows = open_latents(folder, len(dataset))  # another run may just have made them
+                rows = open_latents(folder, size)  # another run may just have made them
                 for old in folder.parent.glob("*/settings.json"):
                     if "rows_per_shard" in old.read_text(errors="replace"):
                         logger.warning(f"{old.parent} holds latents in an earlier format, made anew now: delete it.")
             if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
                 try:
-                    complete_latents(folder, facts, dataset, vae, args, accelerator)
+                    complete_latents(folder, facts, size, shape, make, args, accelerator)
                 except OSError as error:
                     raise TrainingError(
                         f"Latents cannot be written to {folder} ({first_line(error)}): make room, and the same "
-                        "command goes on with what is encoded by now; or choose another --latents_cache_dir."
+                        "command goes on with what is made by now; or choose another --latents_cache_dir."
                     ) from error
-    rows = rows or open_latents(folder, len(dataset))
+    rows = rows or open_latents(folder, size)
     if any_process(accelerator, rows is None):
         raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
+    return rows
+
+
+def cache_latents(
+    dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace, accelerator: Accelerator
+) -> DistillationDataset:
+    """The same samples with `latent_mean` and `latent_std` for `pixel_values`. Raises as `latents_rows` does."""
+
+    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+        freeze(vae, accelerator.device, torch.float32)  # what is kept for good is not rounded on the way
+        if use_channels_last(accelerator.device, torch.float32, args.compile):
+            vae.to(memory_format=torch.channels_last)
+        if args.compile:
+            vae.encoder.compile(dynamic=False)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # on by default, with 10 bits of mantissa
+            rows, show = RowsToEncode(dataset, args), accelerator.is_main_process
+            yield from encode_shards(folder, shards, rows, vae, args, show)
+
+    facts = describe_latents(dataset, vae, args)
+    rows = latents_rows(facts, len(dataset), latents_shape(vae, args), make, args, accelerator)
+    return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
+
+
+def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusionPipeline:
+    """The pipeline with this U-Net and DPM-Solver++, which makes images and the teacher's latents."""
+    config = components.noise_scheduler.config
+    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
+    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
+    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def describe_teacher_latents(
+    pool: CaptionPool, vae: AutoencoderKL, contents: Mapping[str, str], args: argparse.Namespace, precision: str
+) -> dict[str, Any]:
+    """All that the teacher's latents follow from, as their manifest says it."""
+    names = ("teacher_latents", "teacher_latents_seed", "teacher_latents_steps", "teacher_latents_guidance_scale")
+    settings = {name: getattr(args, name) for name in (*names, "train_batch_size", "compile", "prediction_type")}
+    settings |= {name: value for name, value in contents.items() if name.startswith("teacher's")}
+    settings |= {"precision": precision, "captions": pool.fingerprint(), "rows_per_shard": LATENTS_PER_SHARD}
+    return {
+        "maker": TEACHER_MADE,
+        "vae": contents["teacher's VAE"],
+        "scaling_factor": vae.config.scaling_factor,
+        "resolution": args.resolution,
+        "variants": 1,
+        "crop": "none",
+        "settings": settings,
+    }
+
+
+@torch.no_grad()
+def paint_latents(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], rows: range, args: argparse.Namespace
+) -> Tensor:
+    """The teacher's latents of these samples, as the VAE's mean would be: (B, C, h, w), float32, on the host.
+
+    The noise of a sample follows from --teacher_latents_seed and its number alone.
+    """
+    device, shape = pipeline.unet.device, latents_shape(pipeline.vae, args)
+    noise = [
+        torch.randn(
+            shape, generator=torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "latent", row))
+        )
+        for row in rows
+    ]
+    settings = {"num_inference_steps": args.teacher_latents_steps, "height": args.resolution, "width": args.resolution}
+    settings |= {"guidance_scale": args.teacher_latents_guidance_scale, "output_type": "latent"}
+    full = args.train_batch_size if args.compile else len(captions)  # compiled, all batches are of one shape
+    prompts = [*captions, *[""] * (full - len(captions))]
+    latents = torch.stack(noise + [torch.zeros(shape)] * (full - len(captions)))
+    latents = latents.to(device, pipeline.unet.dtype)
+    painted = pipeline(prompts, latents=latents, **settings).images[: len(captions)]
+    # The pipeline's are multiplied by the factor, which the training step does itself.
+    return painted.float().cpu() / pipeline.vae.config.scaling_factor
+
+
+def paint_shards(
+    folder: Path,
+    shards: Mapping[int, range],
+    captions: Sequence[str],
+    pipeline: StableDiffusionPipeline,
+    args: argparse.Namespace,
+    show: bool,
+) -> Iterator[tuple[int, str]]:
+    """Make these shards of the teacher's latents; yields their entries of the manifest. Raises `TrainingError`.
+
+    A batch ends with its shard, so that it does not matter which process makes which. Latents that are not finite are
+    made once more in float32, and count as broken images where that does not help.
+    """
+    size, broken = args.train_batch_size, 0
+    if shards:
+        for _ in range(2):  # the first batch compiles, or is slow otherwise
+            started = time.perf_counter()
+            paint_latents(pipeline, [""] * size, range(size), args)
+        seconds = (time.perf_counter() - started) * sum(math.ceil(len(rows) / size) for rows in shards.values())
+        logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
+    with tqdm(total=sum(map(len, shards.values())), desc="Painting", unit=" images", disable=not show) as progress:
+        for number, rows in shards.items():
+            samples: list[tuple[str, dict[str, bytes]]] = []
+            for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
+                texts = [captions[row] for row in batch]
+                latents = paint_latents(pipeline, texts, batch, args)
+                if not latents.half().isfinite().all():
+                    models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
+                    for model in models:
+                        model.float()
+                    latents = paint_latents(pipeline, texts, batch, args)
+                    for model in models:
+                        model.to(dtype)
+                for row, text, mean in zip(batch, texts, latents.half(), strict=True):
+                    sound, file = bool(mean.isfinite().all()), io.BytesIO()
+                    if sound:
+                        np.save(file, torch.stack([mean, torch.zeros_like(mean)])[None].numpy(), allow_pickle=False)
+                    fault = {} if sound else {"fault": COUNTED[BROKEN_IMAGE]}
+                    record = json.dumps({"captions": [text] if sound else [], **fault}).encode()
+                    samples.append((f"{row:09d}", {".npy": file.getvalue(), ".json": record}))
+                    broken += not sound
+                progress.update(len(batch))
+                if broken > 0.01 * len(captions):
+                    raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
+            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
+
+
+def make_teacher_latents(
+    dataset: DistillationDataset,
+    pool: CaptionPool,
+    components: Components,
+    contents: Mapping[str, str],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> DistillationDataset:
+    """The samples with latents that the teacher makes of captions. Raises as `latents_rows` does."""
+
+    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+        unet = freeze(components.teacher_unet, accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision])
+        freeze(components.text_encoder, accelerator.device, unet.dtype)
+        pipeline = sampling_pipeline(components, torch.compile(unet, dynamic=False) if args.compile else unet)
+        captions = choose_captions(args, len(pool))
+        yield from paint_shards(folder, shards, captions, pipeline, args, accelerator.is_main_process)
+        if args.compile:
+            torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
+
+    facts = describe_teacher_latents(pool, components.vae, contents, args, accelerator.mixed_precision)
+    shape = latents_shape(components.vae, args)
+    rows = latents_rows(facts, args.teacher_latents, shape, make, args, accelerator)
     return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
 
 
@@ -1584,13 +1884,15 @@ def load_unets(
 ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
     """Student and teacher in float32; the teacher is None where neither a loss term nor pruning needs it."""
     distils, prunes = args.output_weight > 0 or args.feature_weight > 0, args.student_model_name_or_path is None
-    teacher = load_component(UNet2DConditionModel, args, subfolder="unet") if distils or prunes else None
+    needed = distils or prunes or args.teacher_latents
+    teacher = load_component(UNet2DConditionModel, args, subfolder="unet") if needed else None
+    kept = teacher if distils or args.teacher_latents else None
     if prunes:
-        return build_student(teacher, args.distill_level), teacher if distils else None
+        return build_student(teacher, args.distill_level), kept
     check_student(
         load_config(UNet2DConditionModel, args, STUDENT, subfolder="unet"), teacher_config, args.distill_level
     )
-    return load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet"), teacher
+    return load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet"), kept
 
 
 def load_components(
@@ -1614,6 +1916,7 @@ def load_components(
 
 def describe_contents(
     dataset: Dataset,
+    pool: "CaptionPool | None",
     components: Components,
     teacher_config: Mapping[str, Any],
     args: argparse.Namespace,
@@ -1625,6 +1928,7 @@ def describe_contents(
     configs = (teacher_config, components.vae.config, components.noise_scheduler.config)
     text = repr([sorted(public_config(config).items()) for config in configs])
     hashes |= {"teacher's configs": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+    hashes |= {"caption pool": pool.fingerprint()} if pool is not None else {}
     return {"data": data_fingerprint(dataset, args, processes)} | hashes
 
 
@@ -2015,13 +2319,7 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
     `ImagesGivenUp` after a signal to stop.
     """
     args, accelerator = run.args, run.accelerator
-    config = run.noise_scheduler.config
-    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
-    parts = {"vae": run.vae, "text_encoder": run.text_encoder, "tokenizer": run.tokenizer, "scheduler": scheduler}
-    parts |= {"unet": accelerator.unwrap_model(unet, keep_torch_compile=False)}
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline(**parts)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = sampling_pipeline(run, accelerator.unwrap_model(unet, keep_torch_compile=False))
 
     def look_for_signals(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if run.health.received:
@@ -2327,6 +2625,21 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def loss_formula(args: argparse.Namespace) -> str:
+    """The loss as it is weighted, for messages and the card."""
+    return f"{args.task_weight:g} * task + {args.output_weight:g} * output + {args.feature_weight:g} * feature"
+
+
+def describe_data(args: argparse.Namespace) -> str:
+    """What the student was trained on, for the card's sentence."""
+    source = args.dataset_name or "a local folder of captioned images"
+    if is_teacher_made(args):
+        source = "latents that the teacher made of captions, without any image"
+    if args.random_conditioning:
+        source += ", part of them conditioned on other captions (random conditioning, arXiv 2504.02011)"
+    return source
+
+
 MODEL_CARD = """---
 {header}
 ---
@@ -2335,7 +2648,7 @@ MODEL_CARD = """---
 
 A Stable Diffusion pipeline whose U-Net was pruned ({level}, {paper_name} in the BK-SDM paper) and
 distilled from **{teacher}** on {dataset}, with
-`loss = task + {output_weight} * output + {feature_weight} * feature`.
+`loss = {loss}`.
 {grid}
 | | |
 |---|---|
@@ -2383,7 +2696,7 @@ def save_model_card(
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
         grid = f"\n![Images of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {'; '.join(prompts)}\n"
-    local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name")
+    local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name", "caption_pool")
     places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
     shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
     hidden = ("output_dir", "cache_dir", "logging_dir")
@@ -2401,9 +2714,8 @@ def save_model_card(
         level=args.distill_level,
         paper_name=DISTILL_LEVELS[args.distill_level].paper_name,
         teacher=shown[TEACHER],
-        dataset=args.dataset_name or "a local folder of captioned images",
-        output_weight=args.output_weight,
-        feature_weight=args.feature_weight,
+        dataset=describe_data(args),
+        loss=loss_formula(args),
         grid=grid,
         facts="\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items()),
         prompt=json.dumps((prompts or ["a photo of a cat"])[0]),
@@ -2419,6 +2731,8 @@ def save_model_card(
 
 INTERPOLATIONS = [mode.name.lower() for mode in InterpolationMode]
 SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
+TASK_WEIGHT = "Weight of the task term; default: 1, of latents that the teacher made 0."
+EMPTY_PROMPTS = "Share of captions left empty; 0 only for use without guidance."
 SEEDS = data.Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 FLAG_GROUPS: dict[str, list[Flag]] = {
@@ -2432,6 +2746,7 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
     ],
     "distillation": [
         Flag("distill_level", str, "sd_small", list(DISTILL_LEVELS), "What is pruned, see the first table.", "never"),
+        Flag("task_weight", float, None, AT_LEAST_0, TASK_WEIGHT, before=1.0),
         Flag("output_weight", float, 0.5, AT_LEAST_0, "Weight of the output distillation term."),
         Flag("feature_weight", float, 0.5, AT_LEAST_0, "Weight of the feature term.", aliases=("--feature-weight",)),
     ],
@@ -2440,6 +2755,11 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("dataset_config_name", str, None, None, "Configuration of that dataset.", "free"),
         Flag("streaming", bool, False, None, "Read --dataset_name as it goes, without storing it."),
         Flag("train_data_dir", str, None, None, "Folder of *.tar shards, or of images and metadata.", "free"),
+        Flag("teacher_latents", int, None, AT_LEAST_1, "Train on latents that the teacher makes of captions.", "free"),
+        Flag("teacher_latents_steps", int, 25, AT_LEAST_1, "Steps of DPM-Solver++ for each of these.", "free"),
+        Flag("teacher_latents_guidance_scale", float, 7.5, AT_LEAST_0, "Guidance of these.", "free"),
+        Flag("teacher_latents_seed", int, 0, SEEDS, "Seed of their captions and noise.", "free"),
+        Flag("caption_pool", str, None, None, "Captions for these and for --random_conditioning.", "free"),
         Flag("image_column", str, "image", None, "Column that holds the images.", "free"),
         Flag("caption_column", str, "text", None, "Column that holds a caption or a list of captions.", "free"),
         Flag("caption_extension", str, None, None, "Of text files beside images; else .txt or .caption.", "free"),
@@ -2450,7 +2770,8 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("image_interpolation_mode", str, "lanczos", INTERPOLATIONS, "How images are resized."),
         Flag("cache_latents", bool, False, None, "Encode every image once, before training; one crop for each."),
         Flag("latents_cache_dir", str, None, None, "Where; default: OUTPUT_DIR-latents.", "free"),
-        Flag("proportion_empty_prompts", float, 0.0, FROM_0_TO_1, "Share of captions that are left empty."),
+        Flag("proportion_empty_prompts", float, 0.1, FROM_0_TO_1, EMPTY_PROMPTS, before=0.0),
+        Flag("random_conditioning", float, 0.0, AT_LEAST_0, "Lambda of swapped captions, 5 in the paper; 0: none."),
         Flag("dataloader_num_workers", int, 0, AT_LEAST_0, "Processes that load data; 0: the main one.", "free"),
     ],
     "optimisation": [
@@ -2542,7 +2863,15 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     del args.refused
     if problems:
         parser.error("\n  " + "\n  ".join(problems))
+    if args.task_weight is None:  # the noise in latents that guidance made would teach guidance a second time
+        args.task_weight = 0.0 if is_teacher_made(args) else 1.0
     return args
+
+
+def is_teacher_made(args: argparse.Namespace) -> bool:
+    """Whether the training data are latents that the teacher made, now or for another run."""
+    latents = data.latents_of(Path(args.train_data_dir)) if args.train_data_dir else None
+    return args.teacher_latents is not None or (latents or {}).get("maker") == TEACHER_MADE
 
 
 def parse_export(given: Sequence[str]) -> argparse.Namespace:
@@ -2616,17 +2945,20 @@ def model_path_problems(name: str, source: str | None) -> list[str]:
 
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the choice of training data."""
-    problems, cache = [], args.latents_cache_dir
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        problems.append("Give either --dataset_name or --train_data_dir, and not both.")
+    problems, cache = pool_problems(args), args.latents_cache_dir
+    sources = [
+        name for name in ("dataset_name", "train_data_dir", "teacher_latents") if getattr(args, name) is not None
+    ]
+    if len(sources) != 1:
+        problems.append("Give exactly one of --dataset_name, --train_data_dir and --teacher_latents.")
     if args.streaming and args.train_data_dir is not None:
         problems.append("--streaming goes with --dataset_name only: local data is read in place anyway.")
     elif args.streaming and args.max_train_steps is None:
         problems.append("--streaming needs --max_train_steps: the length of a stream is not known.")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents does not go with --streaming: what it caches is the whole data.")
-    if cache is not None and not args.cache_latents:
-        problems.append("--latents_cache_dir needs --cache_latents.")
+    if cache is not None and not (args.cache_latents or args.teacher_latents or args.random_conditioning):
+        problems.append("--latents_cache_dir needs --cache_latents, --teacher_latents or --random_conditioning.")
     if cache is not None and Path(cache).is_file():
         problems.append(f"--latents_cache_dir {cache} is a file, not a folder.")
     folder = Path(args.train_data_dir or ".")
@@ -2644,6 +2976,33 @@ def data_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"{holds} of --resolution {latents['resolution']}, not of {args.resolution}.")
         if args.random_flip and latents["variants"] < 2:
             problems.append(f"{holds} that were not mirrored: --random_flip needs some made with --random_flip.")
+    return problems
+
+
+def pool_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags on captions without images, and with the weights that go with them."""
+    painted, pool = args.teacher_latents is not None, Path(args.caption_pool or ".")
+    settled = ("streaming", "max_train_samples", "cache_latents", "random_flip", "center_crop")
+    of_images, of_latents = (
+        (*settled, "image_interpolation_mode"),
+        [n for n in FLAGS if n.startswith("teacher_latents_")],
+    )
+    names, rule = (of_images, "has no meaning with") if painted else (of_latents, "needs")
+    problems = [f"--{name} {rule} --teacher_latents." for name in names if getattr(args, name) != FLAGS[name].default]
+    if args.caption_pool is None:
+        if painted or (args.random_conditioning and args.streaming):
+            problems.append(f"--{'teacher_latents' if painted else 'random_conditioning'} needs --caption_pool here.")
+    elif not painted and not args.random_conditioning:
+        problems.append("--caption_pool is read with --teacher_latents or --random_conditioning only.")
+    elif pool.is_dir() and not data.shards_in(pool):
+        problems += [line.replace("--train_data_dir", "--caption_pool", 1) for line in data.why_no_images(pool)]
+    elif not pool.is_dir() and not (pool.is_file() and pool.suffix == ".txt"):
+        problems.append(f"--caption_pool {pool} is neither a folder of shards or images nor a .txt file of captions.")
+    if not args.output_weight and not args.feature_weight:
+        if args.random_conditioning:
+            problems.append("--random_conditioning needs --output_weight or --feature_weight: it has no task term.")
+        if args.task_weight == 0 or (args.task_weight is None and is_teacher_made(args)):
+            problems.append("--task_weight, --output_weight and --feature_weight are all 0: nothing would be trained.")
     return problems
 
 
@@ -2763,7 +3122,9 @@ def check_libraries(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Start --report_to's trackers. Raises `UserError` where one cannot be started."""
+    """Start --report_to's trackers, if any. Raises `UserError` where one cannot be started."""
+    if args.report_to == "none":
+        return
     config = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
     try:
         accelerator.init_trackers(args.tracker_project_name, config=config)
@@ -3037,7 +3398,8 @@ def main(args: argparse.Namespace) -> None:
         of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
     of_student = count_parameters(unet)
     latents = getattr(dataset.rows, "latents", None)
-    contents = describe_contents(dataset, components, teacher_config, args, accelerator.num_processes)
+    pool = make_caption_pool(args, dataset, tokenizer, accelerator)
+    contents = describe_contents(dataset, pool, components, teacher_config, args, accelerator.num_processes)
     same_vae = (contents["teacher's VAE"], vae.config.scaling_factor)
     if latents and (latents["vae"], latents["scaling_factor"]) != same_vae:
         raise UserError(
@@ -3049,10 +3411,13 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{checkpoint} is already past --num_train_epochs {args.num_train_epochs}.")
 
     with own_output_dir(args, accelerator, checkpoint):
-        # 5. Encode the images, before the VAE is cast, and build the run.
+        # 5. Encode the images, before the VAE is cast, or have the teacher make latents, and build the run.
         if args.cache_latents:
             dataset = cache_latents(dataset, vae, args, accelerator)
-        run = make_run(args, accelerator, components, state, checkpoint, encodes=not (latents or args.cache_latents))
+        elif args.teacher_latents:
+            dataset = make_teacher_latents(dataset, pool, components, contents, args, accelerator)
+        encodes = not (latents or args.cache_latents or args.teacher_latents)
+        run = make_run(args, accelerator, components, state, checkpoint, encodes)
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True  # not for latents, which are kept for good
 
@@ -3061,7 +3426,7 @@ def main(args: argparse.Namespace) -> None:
         plan = {
             "Teacher": f"{args.pretrained_model_name_or_path}, {of_teacher:,} parameters in its U-Net",
             "Student": f"{args.distill_level}, {of_student:,} parameters ({fewer:.1%} fewer)",
-            "Loss": f"task + {args.output_weight} * output + {args.feature_weight} * feature",
+            "Loss": loss_formula(args),
             "Feature pairs (teacher-student)": ", ".join(n.partition("/")[2] for n in run.metric_names()[4:])
             or "none",
             "Training samples": "a stream" if isinstance(dataset, StreamingDataset) else f"{len(dataset):,}",
@@ -3075,8 +3440,7 @@ def main(args: argparse.Namespace) -> None:
         report("Running training", plan)
         if accelerator.is_main_process:
             (output_dir / "args.json").write_text(json.dumps(public_args(args), indent=2))
-        if args.report_to != "none":
-            start_trackers(args, accelerator)
+        start_trackers(args, accelerator)
 
         # 7. Train.
         with stop_signals(run.health):

@@ -228,7 +228,7 @@ def watched(
 
 def data_args(teacher: Path, **settings: object) -> argparse.Namespace:
     """Parsed flags of a run whose data alone is looked at."""
-    defaults = {"resolution": 32, "train_batch_size": 4, "seed": 3, "center_crop": True}
+    defaults = {"resolution": 32, "train_batch_size": 4, "seed": 3, "center_crop": True, "proportion_empty_prompts": 0}
     line = ["--pretrained_model_name_or_path", str(teacher), "--output_dir", "unused-output"]
     for name, value in {**defaults, **settings}.items():
         if value is not False:

@@ -137,6 +137,12 @@ BOUNDS: dict[str, tuple[str, list[str], list[str]]] = {
     "adam_beta2": BELOW_1,
     "ema_decay": BELOW_1,
     "proportion_empty_prompts": ("from 0 to 1", ["-0.1", "1.1", "nan"], ["0", "0.1", "1"]),
+    "random_conditioning": AT_LEAST_0_REAL,
+    "task_weight": AT_LEAST_0_REAL,
+    "teacher_latents": AT_LEAST_1,
+    "teacher_latents_steps": AT_LEAST_1,
+    "teacher_latents_guidance_scale": AT_LEAST_0_REAL,
+    "teacher_latents_seed": ("from 0 to 4294967295", ["-1"], ["0", "4294967295"]),
 }
 
 # (flags, data flags, the sentence). {names} are the folders of `world`.
@@ -148,8 +154,8 @@ BAD_INPUT: dict[str, tuple[list[str], list[str], str]] = {
         "--resolution must be a multiple of 8, the VAE's factor, got 100",
     ),
     "seed too large": (["--seed", str(2**32)], DATA, "--seed must be"),
-    "no data": ([], [], "Give either --dataset_name or --train_data_dir, and not both."),
-    "both data": (["--dataset_name", "someone/images"], DATA, "Give either --dataset_name or --train_data_dir"),
+    "no data": ([], [], "Give exactly one of --dataset_name, --train_data_dir and --teacher_latents."),
+    "both data": (["--dataset_name", "someone/images"], DATA, "Give exactly one of --dataset_name, --train_data_dir"),
     "data absent": ([], ["--train_data_dir", "{root}/absent"], "--train_data_dir {root}/absent is not a folder."),
     "data a file": ([], ["--train_data_dir", "{root}/file"], "--train_data_dir {root}/file is not a folder."),
     "data without images": (
@@ -376,19 +382,22 @@ def test_levels_come_from_the_table(capsys: pytest.CaptureFixture[str], world: d
 @pytest.mark.parametrize("name", BOUNDS)
 def test_bounds(capsys: pytest.CaptureFixture[str], world: dict[str, str], name: str) -> None:
     allowed, bad, good = BOUNDS[name]
+    pool = ["--teacher_latents", "3", "--caption_pool", "{root}/captions.txt"]
+    Path(world["root"], "captions.txt").write_text("a red circle")
+    data = pool if name.startswith("teacher_latents") else DATA
     for value in bad:
-        (sentence,) = complaints(capsys, command_line(world, [f"--{name}={value}"]))
+        (sentence,) = complaints(capsys, command_line(world, [f"--{name}={value}"], data))
         rule, _, got = sentence.removesuffix(".").partition(", got ")
         assert rule == f"--{name} must be {allowed}"
         assert str(float(got)) == str(float(value))
     for value in good:
-        assert getattr(dt.parse_args(command_line(world, [f"--{name}={value}"])), name) == float(value)
+        assert getattr(dt.parse_args(command_line(world, [f"--{name}={value}"], data)), name) == float(value)
 
 
 def test_every_number_has_a_bound() -> None:
     args = dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--output_dir", "unused"])
     numbers = {key for key, value in vars(args).items() if isinstance(value, (int, float)) and value is not False}
-    unset = {"max_train_steps", "max_train_samples", "checkpoints_total_limit", "seed"}
+    unset = {"max_train_steps", "max_train_samples", "checkpoints_total_limit", "seed", "teacher_latents"}
     assert (numbers | unset) - {"local_rank"} == set(BOUNDS)
 
 

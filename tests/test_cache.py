@@ -517,7 +517,7 @@ def test_a_whole_cache_is_only_read(
     """Someone else's will do, where nothing may be written."""
     args = cache_args(teacher, folder, tmp_path)
     place = place_of(cached(args, vae))
-    assert f"Encoding 12 of 12 images into {place}, which will take" in caplog.text
+    assert f"Making latents of 12 of 12 images in {place}, which will take" in caplog.text
     (place / ".lock").unlink(missing_ok=True)
     left = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
     assert left.keys() == {"00000.tar", "00001.tar", "00002.tar", "manifest.json"}
@@ -533,7 +533,7 @@ def test_without_a_seed_the_cache_is_found_again(
     settings |= {"max_train_steps": 1, "max_train_samples": 6}
     for name in ("one", "two"):
         train(teacher, folder, tmp_path / name, **settings)
-    assert caplog.text.count("Encoding 6 of 6 images") == 1
+    assert caplog.text.count("Making latents of 6 of 6 images") == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -864,7 +864,10 @@ def test_a_run_from_the_cache_trains_the_same(tmp_path: Path, teacher: Path, mon
     ("flags", "message"),
     [
         (["--cache_latents", "--streaming", "--max_train_steps", "1"], "--cache_latents does not go with --streaming"),
-        (["--latents_cache_dir", "somewhere"], "--latents_cache_dir needs --cache_latents"),
+        (
+            ["--latents_cache_dir", "somewhere"],
+            "--latents_cache_dir needs --cache_latents, --teacher_latents or --random",
+        ),
         (["--cache_latents", "--latents_cache_dir", __file__], "is a file, not a folder"),
     ],
 )

@@ -68,7 +68,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the README's relative paths exist."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    for folder in ("laion_art", "my-images"):
+    for folder in ("laion_art", "my-images", "captions"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "00000.tar").touch()
     (tmp_path / "my.parquet").touch()

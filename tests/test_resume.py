@@ -346,6 +346,8 @@ CHANGES: dict[str, Any] = {
     "random_flip": True,
     "image_interpolation_mode": "bilinear",
     "proportion_empty_prompts": 0.5,
+    "random_conditioning": 2.5,
+    "task_weight": 0.5,
     "output_weight": 0.25,
     "feature_weight": 0.75,
     "learning_rate": 2e-3,
@@ -393,7 +395,8 @@ NOT_COMPARED = {
     "caption_extension", "train_batch_size", "max_train_steps", "output_dir", "resume_from_checkpoint",
     "allow_changed_settings", "push_to_hub", "hub_token", "hub_model_id", "use_8bit_adam", "distill_level",
     "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir", "compile", "single_file_config", "export",
-    "export_from",
+    "export_from", "caption_pool", "teacher_latents", "teacher_latents_steps", "teacher_latents_guidance_scale",
+    "teacher_latents_seed",
 }  # fmt: skip
 
 
@@ -477,7 +480,7 @@ def test_changed_settings_take_effect_when_allowed(
     logged = scalars(tmp_path / "out")
     assert {round(value, 9) for value in logged["lr"].values()} == {2e-3} and set(logged["lr"]) == {2}
     value = {tag: logged[tag][2] for tag in logged}
-    total = value["task_loss"] + 0.25 * value["output_loss"] + 0.75 * value["feature_loss"]
+    total = 0.5 * value["task_loss"] + 0.25 * value["output_loss"] + 0.75 * value["feature_loss"]
     assert value["loss"] == pytest.approx(total, rel=1e-6)
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", weights_only=True)
     assert {int(value["step"]) for value in state["state"].values()} == {2}  # the optimiser's memory is the old one
@@ -608,7 +611,21 @@ def test_a_checkpoint_of_022e9b0_is_resumed_bit_for_bit(tmp_path: Path, old_run:
                 torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=tolerance, msg=f"{run.name} {key}")
 
 
-@pytest.mark.parametrize(("name", "other"), [("proportion_empty_prompts", 0.5), ("noise_offset", 0.1)])
+def test_a_checkpoint_of_the_old_share_of_empty_prompts_names_it(
+    tmp_path: Path, teacher: Path, shards: Path, two_steps: Path
+) -> None:
+    """Their default was 0 once: under the new one a run must not go on as if nothing was."""
+    start = tmp_path / "start"
+    shutil.copytree(two_steps / "checkpoint-1", start / "checkpoint-1")
+    path = start / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["settings"]["proportion_empty_prompts"] = 0.0
+    path.write_text(json.dumps(state))
+    with pytest.raises(dt.UserError, match="was made with other settings: proportion_empty_prompts 0.0 -> 0.1. Give"):
+        resume(teacher, shards, start, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "other"), [("input_perturbation", 0.5), ("noise_offset", 0.1)])
 def test_a_flag_that_is_younger_than_the_checkpoint(
     tmp_path: Path,
     teacher: Path,

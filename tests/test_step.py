@@ -35,6 +35,7 @@ from launcher import Launcher
 import distill_training as dt
 
 SETTINGS: dict[str, Any] = {"resolution": 32, "distill_level": "sd_tiny", "lr_warmup_steps": 0}
+SETTINGS |= {"proportion_empty_prompts": 0}
 HUGE = 2.0**127  # gradients overflow
 BACK = {"backoff_factor": 2.0**-20}  # and after one step they do not
 STUCK = {"backoff_factor": 0.999}  # nor is a way down found in a few steps
