@@ -947,7 +947,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
         try:
             folder, listed = download()
             break
-        except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+        except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # the last is hf_xet's
             what, kind = hub_problem(error, revision)
             if kind is DataError and not last_try:
                 continue
@@ -970,7 +970,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
             try:
                 again = {"repo_type": "dataset", "revision": commit, "force_download": True}
                 path = Path(hub.hf_hub_download(dataset_name, name, **again))
-            except (errors.HTTPError, OSError) as error:
+            except (errors.HTTPError, OSError, RuntimeError) as error:
                 refuse(f"{name} is damaged in the local cache, and {hub_problem(error, revision)[0]}", DataError)
             if not matches_blob_name(path):
                 refuse(f"{name} arrived damaged twice: its hash is not the Hub's", DataError)
@@ -1095,7 +1095,11 @@ def open_table(path: Path, columns: Sequence[str], types: Types | None = None) -
     return pyarrow.csv.open_csv(
         source,
         pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None),
-        pyarrow.csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", quote_char=kind != ".txt" and '"'),
+        pyarrow.csv.ParseOptions(
+            delimiter="," if kind == ".csv" else "\t",
+            quote_char=kind != ".txt" and '"',
+            newlines_in_values=kind != ".txt",
+        ),
         pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or [])),
     )
 
@@ -1489,7 +1493,7 @@ def opt_out_of(headers: http.client.HTTPMessage) -> str | None:
 def retry_after(headers: http.client.HTTPMessage) -> float:
     """The seconds that a server asks to wait for: a number or a date in Retry-After, 0 without."""
     value = headers.get("Retry-After", "0").strip()
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # of a date that there cannot be
         return float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     return 0
 
@@ -1808,7 +1812,8 @@ class Shard:
 
     def _beat(self) -> None:
         while not self.over.wait(1):
-            os.utime(self.spool_file)
+            with contextlib.suppress(OSError):  # one beat less: the next may go through
+                os.utime(self.spool_file)
 
     def fetch_all(self) -> None:
         """Fetch the rows in threads, and decode what arrives here: one image at a time."""
@@ -2395,7 +2400,7 @@ def row_fault(rows: ShardFolder | ImageFolder, index: int) -> str | None:
         decode_image(row["image"]["bytes"])
     except Exception as error:
         return f"{file}: sample {index} can't be decoded: {type(error).__name__}"
-    return None if isinstance(row["text"], str) else f"{file}: sample {index} has no caption that can be read"
+    return None if isinstance(row["text"], (str, list)) else f"{file}: sample {index} has no caption that can be read"
 
 
 def check_shard(

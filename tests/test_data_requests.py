@@ -4,6 +4,8 @@ pytest tests/test_data_requests.py
 """
 
 import contextlib
+import csv
+import http.client
 import json
 import os
 import signal
@@ -467,3 +469,26 @@ def test_the_ray_distributor(captions, tmp_path):
     for path in sorted((tmp_path / "pool").iterdir()):
         assert (tmp_path / "ray" / path.name).read_bytes() == path.read_bytes()
     wait_until(lambda: not processes_of(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["Jan -0000 00:00:00 99999999999 -", "never", "", "-5", "9" * 400])
+def test_a_wait_that_makes_no_sense_ends_no_run(value):
+    headers = http.client.HTTPMessage()
+    headers["Retry-After"] = value
+    assert data.retry_after(headers) in (0, float("inf"))
+
+
+def test_captions_of_several_lines_in_a_large_csv(tmp_path):
+    path = tmp_path / "large.csv"
+    rows = [(f"http://h/{i}", f"first line {i}\nsecond line, {'x' * 200}") for i in range(80_000)]  # above one block
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("url", "text"), *rows])
+    batches = [batch for _, batch in data.read_batches([(path.name, path)], {"url": data.TEXT, "text": data.TEXT})]
+    found = [(row["url"], row["text"]) for batch in batches for row in batch.to_pylist()]
+    assert found == rows
+
+
+def test_check_takes_a_list_of_captions(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(encode(photo(32, 32), "JPEG"))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "text": ["one", "two"]}))
+    assert data.check_folder(tmp_path) == []
