@@ -469,6 +469,13 @@ def npy_layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
 
 
+def write_npy(values: np.ndarray) -> bytes:
+    """The content of a .npy file of these values."""
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()
+
+
 def read_npy(content: bytes) -> np.ndarray:
     """What `np.save` wrote, in the order of C. Raises ValueError where it is damaged."""
     start = 10 + int.from_bytes(content[8:10], "little")
@@ -2173,15 +2180,16 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     Raises UserError for a folder that isn't ours, or was made with other settings.
     """
     path = folder / "manifest.json"
-    requests = list(filter(None, map(request_of, folder.glob("*.parquet"))))
     try:
-        manifest = read_manifest(folder)
-    except UserError:
-        if not requests:
-            raise
+        manifest, damage = read_manifest(folder), None
+    except UserError as error:
+        manifest, damage = None, error
+    requests = [] if manifest else list(filter(None, map(request_of, folder.glob("*.parquet"))))
+    if damage and not requests:
+        raise damage
+    if damage:
         path.rename(path.with_suffix(".damaged"))
-        manifest = None
-    if manifest is None and requests:
+    if requests:
         print(f"{path} is lost or damaged: it is made anew from the tables of {len(requests)} shards.")
         manifest = max(requests, key=lambda request: request["rows"]["chosen"])  # of a folder that grew, the last
     if manifest is None:

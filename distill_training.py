@@ -41,7 +41,6 @@ import glob
 import hashlib
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -848,7 +847,7 @@ def tokenize_examples(examples: list[dict[str, Any]], tokenizer: CLIPTokenizer) 
     rows = tokenize_captions([example.pop("caption") for example in examples], tokenizer, random.Random())
     for example, input_ids in zip(examples, rows, strict=True):
         example["input_ids"] = input_ids
-        if example.get("pool_input_ids", input_ids) is None:
+        if "pool_input_ids" in example and example["pool_input_ids"] is None:
             example["pool_input_ids"] = input_ids
     return examples
 
@@ -1112,8 +1111,6 @@ def make_train_dataset(
     args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
 ) -> DistillationDataset | StreamingDataset:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
-    if is_teacher_made(args):
-        logger.info(f"The latents are the teacher's, made with guidance: the task term weighs {args.task_weight:g}")
     if args.random_conditioning and not args.proportion_empty_prompts:
         logger.warning("--random_conditioning without --proportion_empty_prompts: guidance needs empty captions too.")
     if args.teacher_latents is not None:
@@ -1135,6 +1132,8 @@ def make_train_dataset(
     else:
         with accelerator.main_process_first():  # the others find the first one's cache
             rows, columns = load_rows(args), (args.image_column, args.caption_column)
+    if args.teacher_latents is not None or (getattr(rows, "latents", None) or {}).get("maker") == TEACHER_MADE:
+        logger.info(f"The latents are the teacher's, made with guidance: the task term weighs {args.task_weight:g}")
     crop = args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode
     prepare = {"transform": image_transforms(*crop), "mirrors": args.random_flip, "tokenizer": tokenizer}
     prepare |= {"proportion_empty_prompts": args.proportion_empty_prompts}
@@ -1218,7 +1217,9 @@ class CaptionPool(Sequence):
         return f"{len(self)} captions ({hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()})"
 
 
-def pool_captions(args: argparse.Namespace, dataset: DistillationDataset | None) -> tuple[Iterator[Any], str]:
+def pool_captions(
+    args: argparse.Namespace, dataset: DistillationDataset | StreamingDataset
+) -> tuple[Iterator[Any], str]:
     """The texts of --caption_pool, or of the data, in order, and what tells whether they are the same again."""
     if args.caption_pool is not None:
         settings = Path(args.caption_pool), args.caption_column, args.caption_extension
@@ -1230,7 +1231,10 @@ def pool_captions(args: argparse.Namespace, dataset: DistillationDataset | None)
 
 
 def make_caption_pool(
-    args: argparse.Namespace, dataset: DistillationDataset | None, tokenizer: CLIPTokenizer, accelerator: Accelerator
+    args: argparse.Namespace,
+    dataset: DistillationDataset | StreamingDataset,
+    tokenizer: CLIPTokenizer,
+    accelerator: Accelerator,
 ) -> CaptionPool | None:
     """The captions of `pool_captions`, tokenised where that was not done before; None where nothing reads them.
 
@@ -1262,7 +1266,8 @@ def choose_captions(args: argparse.Namespace, size: int) -> list[str]:
     generator = torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "captions"))
     chosen = torch.randperm(size, generator=generator)[: args.teacher_latents].tolist()
     wanted, texts = set(chosen), {}
-    usable = (caption for text in pool_captions(args, None)[0] for caption in usable_captions(text))
+    pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
+    usable = (caption for text in pool for caption in usable_captions(text))
     for number, caption in enumerate(usable):
         if number in wanted:
             texts[number] = caption
@@ -1271,7 +1276,7 @@ def choose_captions(args: argparse.Namespace, size: int) -> list[str]:
 
 def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, path: Path) -> None:
     """Write the token ids of all usable captions; what is there of an earlier try is gone on from."""
-    partial, row, kept, left_out = data.hidden(path), 2 * tokenizer.model_max_length, 0, 0
+    partial, row, left_out = data.hidden(path), 2 * tokenizer.model_max_length, 0
     done = partial.stat().st_size // row if partial.exists() else 0
 
     def captions() -> Iterator[str]:
@@ -1361,10 +1366,45 @@ def encode_batch(vae: AutoencoderKL, images: Sequence[Tensor], rows: range, args
     latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
     if not latents.isfinite().all():
         raise TrainingError(f"Latents of an image among samples {rows[0]} to {rows[-1]} are not finite in float16.")
-    files = [io.BytesIO() for _ in images]
-    for file, image in zip(files, latents.cpu().numpy(), strict=False):
-        np.save(file, image, allow_pickle=False)
-    return [file.getvalue() for file in files]
+    return [data.write_npy(image) for image in latents[: len(images)].cpu().numpy()]
+
+
+@dataclass
+class LatentShards:
+    """Shards of latents that are wanted."""
+
+    facts: Mapping[str, Any]  # all that they follow from, as their manifest says it
+    size: int  # samples in all
+    shape: tuple[int, int, int]  # (C, h, w) of a sample
+    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]]  # some in a folder, see `write_latents`
+
+
+def in_batches(rows: range, size: int) -> Iterator[range]:
+    """The rows of a shard, `size` at a time. A batch ends with its shard: so it matters not which process makes it."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def write_latents(
+    folder: Path,
+    shards: Mapping[int, range],
+    size: int,
+    make_batch: Callable[[range], Iterator[tuple[bytes, dict[str, Any]]]],
+    desc: str,
+    show: bool,
+) -> Iterator[tuple[int, str]]:
+    """Write these shards, by number and rows; yields their entries of the manifest.
+
+    `make_batch` gives the .npy file and the record of each of at most `size` rows.
+    """
+    total = sum(map(len, shards.values()))
+    with tqdm(total=total, desc=desc, unit=" images", disable=not show) as progress:
+        for number, rows in shards.items():
+            samples: list[tuple[str, dict[str, bytes]]] = []
+            for batch in in_batches(rows, size):
+                for row, (npy, record) in zip(batch, make_batch(batch), strict=True):
+                    samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(record).encode()}))
+                progress.update(len(batch))
+            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
 
 
 def encode_shards(
@@ -1375,29 +1415,22 @@ def encode_shards(
     args: argparse.Namespace,
     show: bool,
 ) -> Iterator[tuple[int, str]]:
-    """Make these shards of `RowsToEncode`, by number and rows; yields their entries of the manifest.
-
-    A batch ends with its shard, so that it does not matter which process makes which. Raises `TrainingError`.
-    """
-    size, total = args.train_batch_size, sum(map(len, shards.values()))
-    order = (rows[start : start + size] for rows in shards.values() for start in range(0, len(rows), size))
+    """`write_latents` of these rows of `RowsToEncode`. Raises `TrainingError`."""
+    order = (batch for rows in shards.values() for batch in in_batches(rows, args.train_batch_size))
     batches = batches_of(dataset, args.dataloader_num_workers, list, vae.device, batch_sampler=order)
-    with closing(batches), tqdm(total=total, desc="Encoding", unit=" images", disable=not show) as progress:
-        for number, rows in shards.items():
-            samples: list[tuple[str, dict[str, bytes]]] = []
-            while len(samples) < len(rows):
-                examples = next(batches)
-                batch = rows[len(samples) : len(samples) + len(examples)]
-                images = [example.pop("pixel_values") for example in examples if "pixel_values" in example]
-                latents = iter(encode_batch(vae, images, batch, args))
-                for row, example in zip(batch, examples, strict=True):
-                    if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
-                        gone = "cannot be read (its file is gone or out of reach)"
-                        raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
-                    npy = b"" if "fault" in example else next(latents)
-                    samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(example).encode()}))
-                progress.update(len(examples))
-            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
+
+    def encode(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        examples = next(batches)
+        images = [example.pop("pixel_values") for example in examples if "pixel_values" in example]
+        latents = iter(encode_batch(vae, images, rows, args))
+        for row, example in zip(rows, examples, strict=True):
+            if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
+                gone = "cannot be read (its file is gone or out of reach)"
+                raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
+            yield b"" if "fault" in example else next(latents), example
+
+    with closing(batches):
+        yield from write_latents(folder, shards, args.train_batch_size, encode, "Encoding", show)
 
 
 def open_latents(folder: Path, size: int) -> data.ShardFolder | None:
@@ -1430,16 +1463,9 @@ def latents_folder(args: argparse.Namespace) -> Path:
     return Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents")
 
 
-def complete_latents(
-    folder: Path,
-    facts: Mapping[str, Any],
-    size: int,
-    shape: Sequence[int],
-    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]],
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-) -> None:
+def complete_latents(folder: Path, wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_rows` does."""
+    size = wanted.size
     shards = {n: range(size)[at : at + LATENTS_PER_SHARD] for n, at in enumerate(range(0, size, LATENTS_PER_SHARD))}
     entries, free = {}, 0
     if accelerator.is_main_process:
@@ -1447,7 +1473,9 @@ def complete_latents(
     finished, free = broadcast_object_list([set(entries), free])
     missing = {number: rows for number, rows in shards.items() if number not in finished}
     images = sum(map(len, missing.values()))
-    needed = images * (facts["variants"] * 4 * math.prod(shape) + 2048)  # mean and deviation; headers, captions
+    needed = images * (
+        wanted.facts["variants"] * 4 * math.prod(wanted.shape) + 2048
+    )  # mean and deviation; headers, captions
     takes, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
     if needed > free:
         flag = "teacher_latents" if args.teacher_latents else "cache_latents"
@@ -1456,47 +1484,40 @@ def complete_latents(
     logger.info(f"Making latents of {images:,} of {size:,} images in {folder}, which will take {takes}")
     started = time.perf_counter()
     mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
-    entries |= dict(accelerate_utils.gather_object(list(make(folder, mine))))
+    entries |= dict(accelerate_utils.gather_object(list(wanted.make(folder, mine))))
     if accelerator.is_main_process:
-        head = {"format": data.FORMAT, "complete": True, "latents": facts}
+        head = {"format": data.FORMAT, "complete": True, "latents": wanted.facts}
         data.write_manifest(folder, head, [entries[number] for number in shards])
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     logger.info(f"Made latents of {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
 
 
-def latents_rows(
-    facts: Mapping[str, Any],
-    size: int,
-    shape: Sequence[int],
-    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]],
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-) -> data.ShardFolder:
-    """The shards of `size` latents, `shape` (C, h, w) each, that follow from `facts`; to be called by every process.
+def latents_rows(wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> data.ShardFolder:
+    """The samples of these shards, from a folder named by what they follow from; to be called by every process.
 
-    Where those are not whole, all processes `make` what is missing first. Raises `UserError` where there is no room
+    Where they are not whole, all processes make what is missing first. Raises `UserError` where there is no room
     for them, and `TrainingError` where they cannot be written.
     """
-    folder = latents_folder(args) / hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+    folder = latents_folder(args) / hashlib.blake2b(json.dumps(wanted.facts).encode(), digest_size=8).hexdigest()
     # The main process alone looks before anything is made: a network's file system remembers what was not there.
-    rows = open_latents(folder, size) if accelerator.is_main_process else None
+    rows = open_latents(folder, wanted.size) if accelerator.is_main_process else None
     if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
         with folder_lock("latents_cache_dir", folder, True) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
-                rows = open_latents(folder, size)  # another run may just have made them
+                rows = open_latents(folder, wanted.size)  # another run may just have made them
                 for old in folder.parent.glob("*/settings.json"):
                     if "rows_per_shard" in old.read_text(errors="replace"):
                         logger.warning(f"{old.parent} holds latents in an earlier format, made anew now: delete it.")
             if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
                 try:
-                    complete_latents(folder, facts, size, shape, make, args, accelerator)
+                    complete_latents(folder, wanted, args, accelerator)
                 except OSError as error:
                     raise TrainingError(
                         f"Latents cannot be written to {folder} ({first_line(error)}): make room, and the same "
                         "command goes on with what is made by now; or choose another --latents_cache_dir."
                     ) from error
-    rows = rows or open_latents(folder, size)
+    rows = rows or open_latents(folder, wanted.size)
     if any_process(accelerator, rows is None):
         raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
     return rows
@@ -1517,8 +1538,8 @@ def cache_latents(
             rows, show = RowsToEncode(dataset, args), accelerator.is_main_process
             yield from encode_shards(folder, shards, rows, vae, args, show)
 
-    facts = describe_latents(dataset, vae, args)
-    rows = latents_rows(facts, len(dataset), latents_shape(vae, args), make, args, accelerator)
+    wanted = LatentShards(describe_latents(dataset, vae, args), len(dataset), latents_shape(vae, args), make)
+    rows = latents_rows(wanted, args, accelerator)
     return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
 
 
@@ -1561,12 +1582,8 @@ def paint_latents(
     The noise of a sample follows from --teacher_latents_seed and its number alone.
     """
     device, shape = pipeline.unet.device, latents_shape(pipeline.vae, args)
-    noise = [
-        torch.randn(
-            shape, generator=torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "latent", row))
-        )
-        for row in rows
-    ]
+    seeds = [derived_seed(args.teacher_latents_seed, "latent", row) for row in rows]
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     settings = {"num_inference_steps": args.teacher_latents_steps, "height": args.resolution, "width": args.resolution}
     settings |= {"guidance_scale": args.teacher_latents_guidance_scale, "output_type": "latent"}
     full = args.train_batch_size if args.compile else len(captions)  # compiled, all batches are of one shape
@@ -1586,43 +1603,40 @@ def paint_shards(
     args: argparse.Namespace,
     show: bool,
 ) -> Iterator[tuple[int, str]]:
-    """Make these shards of the teacher's latents; yields their entries of the manifest. Raises `TrainingError`.
+    """`write_latents` of what the teacher makes of these captions. Raises `TrainingError`.
 
-    A batch ends with its shard, so that it does not matter which process makes which. Latents that are not finite are
-    made once more in float32, and count as broken images where that does not help.
+    Latents that are not finite are made once more in float32, and count as broken images where that does not help.
     """
     size, broken = args.train_batch_size, 0
+
+    def paint(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        nonlocal broken
+        texts = [captions[row] for row in rows]
+        latents = paint_latents(pipeline, texts, rows, args).half()
+        if not latents.isfinite().all():
+            models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
+            for model in models:
+                model.float()
+            latents = paint_latents(pipeline, texts, rows, args).half()
+            for model in models:
+                model.to(dtype)
+        sound = latents.isfinite().flatten(1).all(1).tolist()
+        broken += sound.count(False)
+        if broken > 0.01 * len(captions):
+            raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
+        for text, mean, is_sound in zip(texts, latents, sound, strict=True):
+            if is_sound:
+                yield data.write_npy(torch.stack([mean, torch.zeros_like(mean)])[None].numpy()), {"captions": [text]}
+            else:
+                yield b"", {"captions": [], "fault": COUNTED[BROKEN_IMAGE]}
+
     if shards:
         for _ in range(2):  # the first batch compiles, or is slow otherwise
             started = time.perf_counter()
             paint_latents(pipeline, [""] * size, range(size), args)
         seconds = (time.perf_counter() - started) * sum(math.ceil(len(rows) / size) for rows in shards.values())
         logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
-    with tqdm(total=sum(map(len, shards.values())), desc="Painting", unit=" images", disable=not show) as progress:
-        for number, rows in shards.items():
-            samples: list[tuple[str, dict[str, bytes]]] = []
-            for batch in (rows[start : start + size] for start in range(0, len(rows), size)):
-                texts = [captions[row] for row in batch]
-                latents = paint_latents(pipeline, texts, batch, args)
-                if not latents.half().isfinite().all():
-                    models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
-                    for model in models:
-                        model.float()
-                    latents = paint_latents(pipeline, texts, batch, args)
-                    for model in models:
-                        model.to(dtype)
-                for row, text, mean in zip(batch, texts, latents.half(), strict=True):
-                    sound, file = bool(mean.isfinite().all()), io.BytesIO()
-                    if sound:
-                        np.save(file, torch.stack([mean, torch.zeros_like(mean)])[None].numpy(), allow_pickle=False)
-                    fault = {} if sound else {"fault": COUNTED[BROKEN_IMAGE]}
-                    record = json.dumps({"captions": [text] if sound else [], **fault}).encode()
-                    samples.append((f"{row:09d}", {".npy": file.getvalue(), ".json": record}))
-                    broken += not sound
-                progress.update(len(batch))
-                if broken > 0.01 * len(captions):
-                    raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
-            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
+    yield from write_latents(folder, shards, size, paint, "Painting", show)
 
 
 def make_teacher_latents(
@@ -1645,8 +1659,8 @@ def make_teacher_latents(
             torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
 
     facts = describe_teacher_latents(pool, components.vae, contents, args, accelerator.mixed_precision)
-    shape = latents_shape(components.vae, args)
-    rows = latents_rows(facts, args.teacher_latents, shape, make, args, accelerator)
+    wanted = LatentShards(facts, args.teacher_latents, latents_shape(components.vae, args), make)
+    rows = latents_rows(wanted, args, accelerator)
     return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
 
 
@@ -1702,11 +1716,18 @@ def model_folder(source: str | Path, cache_dir: str | None, revision: str | None
     return Path(cached).parents[1] if isinstance(cached, str) else None
 
 
+@functools.lru_cache  # every part of a model asks
+def files_on_hub(source: str, revision: str | None) -> list[str]:
+    """Names of the files of a repository; none where it is out of reach."""
+    with suppress(Exception):
+        return list_repo_files(source, revision=revision)
+    return []
+
+
 def files_of(source: str | Path, cache_dir: str | None, revision: str | None = None) -> list[str]:
     """Names of the files of a model's parts, on the hub or in `model_folder`; none where they are not known."""
-    if not Path(source).exists():
-        with suppress(Exception):  # out of reach
-            return list_repo_files(source, revision=revision)
+    if not Path(source).exists() and (listed := files_on_hub(str(source), revision)):
+        return listed
     folder = model_folder(source, cache_dir, revision)
     return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")] if folder else []
 
@@ -1908,7 +1929,8 @@ def load_components(
     vae = load_component(AutoencoderKL, args, subfolder="vae")
     unet, teacher_unet = load_unets(args, teacher_config)
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
-    # The rest is read too, so that saving it cannot fail after days.
+    # All but the U-Net is read as the index says, as it will be when the result is loaded back: that must not fail
+    # after days.
     load_component(StableDiffusionPipeline, args, unet=None, **dict.fromkeys(absent))
     open_single_file.cache_clear()
     return Components(noise_scheduler=scheduler, teacher_unet=teacher_unet, **models)
@@ -2982,11 +3004,9 @@ def data_problems(args: argparse.Namespace) -> list[str]:
 def pool_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags on captions without images, and with the weights that go with them."""
     painted, pool = args.teacher_latents is not None, Path(args.caption_pool or ".")
-    settled = ("streaming", "max_train_samples", "cache_latents", "random_flip", "center_crop")
-    of_images, of_latents = (
-        (*settled, "image_interpolation_mode"),
-        [n for n in FLAGS if n.startswith("teacher_latents_")],
-    )
+    of_images = ("streaming", "max_train_samples", "cache_latents", "random_flip", "center_crop")
+    of_images += ("image_interpolation_mode",)
+    of_latents = [name for name in FLAGS if name.startswith("teacher_latents_")]
     names, rule = (of_images, "has no meaning with") if painted else (of_latents, "needs")
     problems = [f"--{name} {rule} --teacher_latents." for name in names if getattr(args, name) != FLAGS[name].default]
     if args.caption_pool is None:
@@ -3114,9 +3134,14 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) ->
         raise UserError(f"--lr_scheduler {args.lr_scheduler} with a learning rate of {rate}: {error}.") from None
 
 
+def check_schedule(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Raise `UserError` for a schedule that its library refuses."""
+    make_schedule(args, torch.optim.SGD([torch.zeros(1)], peak_learning_rate(args, accelerator)))
+
+
 def check_libraries(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Raise `UserError` for what only the libraries know: a schedule that they refuse, a tracker without a login."""
-    make_schedule(args, torch.optim.SGD([torch.zeros(1)], peak_learning_rate(args, accelerator)))
+    check_schedule(args, accelerator)
     if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
         data.check_wandb("--report_to wandb")
 
@@ -3388,7 +3413,7 @@ def main(args: argparse.Namespace) -> None:
     dataset, total_batch = make_train_dataset(args, tokenizer, accelerator), total_batch_size(args, accelerator)
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
-        check_libraries(args, accelerator)
+        check_schedule(args, accelerator)
     repo_id = make_hub_repo(args, accelerator)
 
     # 4. The models, and whether data and teacher are those that the checkpoint was made with.

@@ -241,6 +241,15 @@ def dataset_of(args: argparse.Namespace) -> dt.DistillationDataset | dt.Streamin
     return dt.make_train_dataset(args, make_tokenizer(), Accelerator(cpu=True))
 
 
+def new_run(teacher: Path, accelerator: Accelerator | None = None, encodes: bool = False, **settings: Any) -> Any:
+    """A run as `main` builds it, of one thousand steps."""
+    defaults = {"dataset_name": "of/none", "distill_level": "sd_tiny", "lr_warmup_steps": 0}
+    args = data_args(teacher, **(defaults | settings))
+    args.max_train_steps = 1000
+    accelerator = accelerator or Accelerator(cpu=True)
+    return dt.make_run(args, accelerator, components_of(teacher), dt.RunState(), encodes=encodes)
+
+
 def unet_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved U-Net by name."""
     return load_file(folder / "diffusion_pytorch_model.safetensors")

@@ -20,12 +20,12 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from helpers import (
     ROOT,
     assert_equal,
-    components_of,
     data_args,
     dataset_of,
     flags,
     make_pipeline,
     make_tokenizer,
+    new_run,
     run_script,
     toy_images,
     train,
@@ -243,12 +243,6 @@ def test_captions_alone_are_no_training_data(tmp_path: Path, teacher: Path) -> N
 
 # ----------------------------------------------------------------------------------------------------------------
 # Random conditioning.
-
-
-def new_run(teacher: Path, **settings: Any) -> dt.Distillation:
-    args = data_args(teacher, dataset_name="of/none", distill_level="sd_tiny", lr_warmup_steps=0, **settings)
-    args.max_train_steps = 1000
-    return dt.make_run(args, Accelerator(cpu=True), components_of(teacher), dt.RunState(), encodes=False)
 
 
 def batch_of(size: int) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ from helpers import (
     assert_equal,
     assert_same_checkpoint,
     assert_same_nested,
-    components_of,
     data_args,
     dataset_of,
     flags,
+    new_run,
     scalars,
     train,
     unet_weights,
@@ -63,14 +63,6 @@ def scaling(**options: Any) -> type[Accelerator]:
             self.scaler = torch.amp.GradScaler("cpu", **options)
 
     return ScalingAccelerator
-
-
-def new_run(teacher: Path, accelerator: Accelerator | None = None, encodes: bool = False, **settings: Any) -> Any:
-    """A run as `main` builds it, of one thousand steps."""
-    args = data_args(teacher, dataset_name="of/none", **(SETTINGS | settings))
-    args.max_train_steps = 1000
-    accelerator = accelerator or Accelerator(cpu=True)
-    return dt.make_run(args, accelerator, components_of(teacher), dt.RunState(), encodes=encodes)
 
 
 def batch_of_latents(size: int = 2) -> dict[str, torch.Tensor]:
