@@ -963,9 +963,10 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
             if kind is UserError and not known:
                 refuse(what)
         try:
-            folder, listed = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True)), set()
+            folder = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True))
         except errors.LocalEntryNotFoundError:
             refuse(f"{what}, and the local cache does not hold it all", kind)
+        listed = rest_of(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
         print(f"The captions come from the local cache: {what}.")
         break
     commit = folder.name
@@ -984,6 +985,12 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     if not files:
         refuse(f"commit {commit} holds no parquet file")
     return commit, files
+
+
+def rest_of(names: Iterable[str]) -> set[str]:
+    """The files that `00000-of-00004` in the names of some promises: an incomplete cache shows without the Hub."""
+    parts = [re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.parquet)", name) for name in names]
+    return {f"{part[1]}{number:05d}{part[2]}" for part in parts if part for number in range(int(part[3]))}
 
 
 def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Exception]]:
@@ -1099,6 +1106,9 @@ def open_table(path: Path, columns: Sequence[str], types: Types | None = None) -
         return pyarrow.json.open_json(source, pyarrow.json.ReadOptions(**blocks), parse)
     names = start.decode(codec, errors="ignore").partition("\n")[0].strip().split("\t")
     bare = kind == ".txt" and columns[0] not in names
+    if bare and len(names) > len(columns):
+        expected = ", ".join(columns)
+        raise UserError(f"{path.name} has {len(names)} columns: give it a first line of names, or only {expected}")
     return pyarrow.csv.open_csv(
         source,
         pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None),
@@ -1123,6 +1133,16 @@ def readable(name: str) -> Iterator[None]:
         raise UserError(f"{name} can't be read, it is damaged or another kind of file: {words}") from None
 
 
+def swallowed_row(batch: pa.RecordBatch) -> str | None:
+    """The first value that holds a line with a tab: rows that stand behind a quotation mark without its partner."""
+    for column in batch.columns:
+        if pa.types.is_large_string(column.type):
+            values = column.filter(pc.match_substring_regex(column, r"\n[^\n]*\t"))
+            if len(values):
+                return values[0].as_py()
+    return None
+
+
 def read_batches(files: Files, types: Types) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yield (number of the first row, counted over all files; batch of these columns, some 32,768 rows or 16 MiB).
 
@@ -1137,6 +1157,11 @@ def read_batches(files: Files, types: Types) -> Iterator[tuple[int, pa.RecordBat
             else:
                 batches = stack.enter_context(open_table(path, list(types), types))
             for batch in batches:
+                if table_kind(path) == ".tsv" and (swallowed := swallowed_row(batch)):
+                    raise UserError(
+                        f"{name}: a quotation mark takes in the rows after it, from {swallowed[:60]!r} on. Where they "
+                        "are not meant to quote anything, call it .txt: then they stay as they are"
+                    )
                 yield first, batch
                 first += len(batch)
 
@@ -1216,15 +1241,16 @@ ROW_SCHEMA = pa.schema(
 
 def write_shard_inputs(
     files: Files, order: np.ndarray, folder: Path, args: argparse.Namespace, expected: "Hashes | None"
-) -> None:
-    """Write the chosen rows, in their shuffled order, as `NNNNN.arrow`, one file for each shard.
+) -> int:
+    """Write the chosen rows, in their shuffled order, as `NNNNN.arrow`, one file for each shard. Returns their number.
 
-    The rows are first dealt into files of about 50,000 that belong together, so that memory stays flat.
+    Those that `places_to_do` leaves out are not written. They are first dealt into files of about 50,000 that belong
+    together, so that memory stays flat.
     """
     per_shard = args.number_sample_per_shard
     per_group = per_shard * max(1, 50_000 // per_shard)
     by_row = np.argsort(order)
-    rows = order[by_row]
+    rows, to_do = order[by_row], 0
     with contextlib.ExitStack() as stack:
         groups = [
             stack.enter_context(pa.ipc.new_stream(folder / f"group{number}", ROW_SCHEMA))
@@ -1258,9 +1284,13 @@ def write_shard_inputs(
         with pa.ipc.open_stream(group_file) as reader:
             table = reader.read_all().sort_by("position").combine_chunks()
         for start in range(0, len(table), per_shard):
-            name = shard_name((number * per_group + start) // per_shard)
-            write_rows(folder / f"{name}.arrow", table.slice(start, per_shard))
+            name, part = shard_name((number * per_group + start) // per_shard), table.slice(start, per_shard)
+            places = places_to_do(Path(args.output_dir), name, len(part), args.retry_failed)
+            if places:
+                write_rows(folder / f"{name}.arrow", part.take(pa.array(places)))
+            to_do += len(places)
         group_file.unlink()
+    return to_do
 
 
 def caption_tar(positions: Sequence[int], captions: Sequence[str]) -> bytes:
@@ -1609,12 +1639,11 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
             passing = refused.reason.startswith(("http_5", *PASSING))
             failures += passing
             busy += refused.reason == "busy"
-            wait = max(refused.wait, min(4, 0.5 * 2 ** (failures + busy)))
             if failures > args.retries or busy > 2 or not (passing or refused.reason == "busy"):
                 raise
-            if wait > args.deadline:  # too long for a thread to stand still: --retry_failed asks again
+            if refused.wait > args.deadline:  # too long for a thread to stand still: --retry_failed asks again
                 raise
-            time.sleep(wait)
+            time.sleep(max(refused.wait, min(4, 0.5 * 2 ** (failures + busy))))
         except BaseException:
             body.close()
             raise
@@ -1719,22 +1748,32 @@ RESULT_SCHEMA = pa.schema(
 )
 
 
+def notes_of(parquet: Path) -> dict[bytes, bytes]:
+    """What a shard's table notes beside its rows; nothing where it is missing or damaged. Raises the disk's errors."""
+    try:
+        return pq.read_schema(parquet).metadata or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        if getattr(error, "errno", None):
+            raise
+        return {}
+
+
 def recorded(parquet: Path) -> dict[str, Any] | None:
     """What a shard's parquet records of its tar (`name`, `bytes`, `sha256`), or None if it can't be read."""
+    notes = notes_of(parquet)
     try:
-        metadata = pq.read_schema(parquet).metadata or {}
-        size, digest = int(metadata[b"tar_bytes"]), metadata[b"tar_sha256"].decode()
-        return {"name": f"{parquet.stem}.tar", "bytes": size, "sha256": digest}
-    except (OSError, KeyError, ValueError):  # ArrowInvalid is a ValueError
+        digest = notes[b"tar_sha256"].decode()
+        return {"name": f"{parquet.stem}.tar", "bytes": int(notes[b"tar_bytes"]), "sha256": digest}
+    except (KeyError, ValueError):
         return None
 
 
 def request_of(parquet: Path) -> dict[str, Any] | None:
     """The manifest's head at the time when a shard was written; None if the file can't be read, or isn't ours."""
-    try:
-        return json.loads((pq.read_schema(parquet).metadata or {})[b"request"])
-    except (OSError, KeyError, ValueError):
-        return None
+    notes = notes_of(parquet)
+    return json.loads(notes[b"request"]) if b"request" in notes else None
 
 
 def is_done(folder: Path, name: str) -> bool:
@@ -2001,7 +2040,7 @@ class Heartbeats:
     def __init__(self, args: argparse.Namespace) -> None:
         self.work = Path(args.output_dir) / ".unfinished"
         local = args.distributor == "multiprocessing"
-        self.patience = args.deadline + (10 if local else 120)  # a shared disk shows a change after a while only
+        self.patience = args.deadline + (60 if local else 120)  # a shared disk shows a change after a while only
         self.start = self.patience + 60 if local else math.inf  # a cluster may let us wait until it has room
         self.beats: dict[Path | None, tuple[Any, float]] = {}
 
@@ -2187,8 +2226,6 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     requests = [] if manifest else list(filter(None, map(request_of, folder.glob("*.parquet"))))
     if damage and not requests:
         raise damage
-    if damage:
-        path.rename(path.with_suffix(".damaged"))
     if requests:
         print(f"{path} is lost or damaged: it is made anew from the tables of {len(requests)} shards.")
         manifest = max(requests, key=lambda request: request["rows"]["chosen"])  # of a folder that grew, the last
@@ -2197,7 +2234,8 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
             found = ", ".join(strangers[:3])
             raise UserError(f"--output_dir {folder} holds {found} but no manifest.json: data.py did not make it")
         return None
-    if manifest.get("format") != FORMAT or "latents" in manifest:
+    parts = {"settings", "input", "rows"}
+    if manifest.get("format") != FORMAT or "latents" in manifest or not parts <= manifest.keys():
         raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
     if manifest.get("captions_only", False) != args.captions_only:
         raise UserError(
@@ -2269,7 +2307,9 @@ def table_fault(parquet: Path) -> str | None:
     entry = recorded(parquet)
     try:
         pq.read_table(parquet, page_checksum_verification=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise  # the disk's trouble: the table may be sound
         entry = None
     return "has no sound table" if entry is None else tar_fault(parquet.with_suffix(".tar"), entry)
 
@@ -2310,12 +2350,13 @@ def expected_bytes(rows: int, args: argparse.Namespace) -> int:
 def clear_unfinished(folder: Path) -> Path:
     """Remove what an interrupted run left of unfinished shards; returns the (absent) hidden folder for new ones."""
     finish_renames(folder)
+    hidden(folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return folder / ".unfinished"
 
 
-def keep_rows_to_do(folder: Path, work: Path, names: Sequence[str], retry: Sequence[str] | None) -> int:
-    """Of the shards that are done, leave only new rows, and those to try again. Returns the number of rows to do.
+def places_to_do(folder: Path, name: str, rows: int, retry: Sequence[str] | None) -> list[int]:
+    """Which of a shard's rows are to be fetched: all, but of a finished shard the new ones, and those to try again.
 
     `retry` is None for no row, empty for those whose failure may pass, ["all"] for every row that failed.
     """
@@ -2323,20 +2364,10 @@ def keep_rows_to_do(folder: Path, work: Path, names: Sequence[str], retry: Seque
     def wanted(status: str) -> bool:
         return retry is not None and status != "ok" and (bool(retry) or status.startswith(("http_5", *PASSING_LATER)))
 
-    to_do = 0
-    for name in names:
-        path = work / f"{name}.arrow"
-        with pa.ipc.open_file(path) as reader:
-            table = reader.read_all()
-        if is_done(folder, name):
-            there = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"].to_pylist()
-            again = [place for place in range(len(table)) if place >= len(there) or wanted(there[place])]
-            table = table.take(pa.array(again, pa.int64()))
-            path.unlink()
-            if again:
-                write_rows(path, table)
-        to_do += len(table)
-    return to_do
+    there = []
+    if is_done(folder, name):
+        there = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"].to_pylist()
+    return [place for place in range(rows) if place >= len(there) or wanted(there[place])]
 
 
 def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
@@ -2381,8 +2412,12 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
         if manifest is None:
             if any(map(request_of, folder.glob("*.parquet"))):
                 problems.append("manifest.json is lost: the command that made the folder makes it anew")
-            found = threads.map(functools.partial(row_fault, rows), range(len(rows)))
-            return problems + list(filter(None, progress(found, total=len(rows))))
+            with progress(total=len(rows)) as bar:
+                for start in range(0, len(rows), 1000):  # `map` takes all at once, at 1.6 kB each
+                    part = range(start, min(start + 1000, len(rows)))
+                    problems += filter(None, threads.map(functools.partial(row_fault, rows), part))
+                    bar.update(len(part))
+            return problems
         faults = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
         named = {entry["name"] for entry in manifest["shards"]}
         faults += [f"{path.name} is not in the manifest" for path in shards if path.name not in named]
@@ -2573,7 +2608,8 @@ def main(args: argparse.Namespace) -> int:
         if args.caption_file:
             commit, files = None, local_captions(args.caption_file)
         else:
-            revision = args.revision or (manifest and manifest["input"]["revision"])
+            made_of = manifest["input"] if manifest else {"dataset_name": None}
+            revision = args.revision or (made_of["revision"] if made_of["dataset_name"] == args.dataset_name else None)
             print(f"Captions: {args.dataset_name} from the Hub, revision {revision or 'main'}.")
             commit, files = fetch_captions(args.dataset_name, revision)
         wanted = {} if args.captions_only else {args.url_column: "--url_column"}
@@ -2624,8 +2660,7 @@ def main(args: argparse.Namespace) -> int:
             write_captions(work, names, args)
             print(f"{rows:,} captions are in {folder}")
             return 0
-        write_shard_inputs(files, order, work, args, expected)
-        to_do = keep_rows_to_do(folder, work, names, args.retry_failed)
+        to_do = write_shard_inputs(files, order, work, args, expected)
         del order, expected
         print("".join(f"{fault}\n" for fault in faults), end="")
         print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))

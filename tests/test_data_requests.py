@@ -8,6 +8,7 @@ import csv
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import write_shards
 from servers import HubServer, data_command, encode, photo, run_data
 from test_data_script import fetch_from, images_of, options, processes_of, statuses, wait_until, write_captions
 
@@ -88,6 +90,21 @@ def test_a_complete_cache_needs_no_network(hub, image_server, tmp_path, way):
     assert done.returncode == (2 if way == "HF_HUB_OFFLINE" else 1)
     assert "the local cache does not hold it all" in done.stderr and done.stderr.strip().count("data.py: ") == 1
     assert not (tmp_path / "third").exists()
+
+
+def test_an_incomplete_cache_of_an_older_library_is_noticed(hub, tmp_path):
+    """It kept no list of a commit's files: only their names tell that one is missing."""
+    content = hub.files.pop("data/one.parquet")
+    hub.files |= {f"data/train-0000{part}-of-00002.parquet": content + bytes(part) for part in range(2)}
+    (commit, files), _ = fetch_from(hub, tmp_path, hub.REPO, None)
+    assert len(files) == 2
+    hub.close()
+    for trees in (tmp_path / "hf").rglob("trees"):
+        shutil.rmtree(trees)
+    assert fetch_from(hub, tmp_path, hub.REPO, None)[0] == [commit, files]
+    next((tmp_path / "hf").rglob("train-00001-of-00002.parquet")).unlink()
+    (code, sentence), _ = fetch_from(hub, tmp_path, hub.REPO, None)
+    assert code == 1 and "the local cache lacks data/train-00001-of-00002.parquet" in sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +185,12 @@ def text_file(name: str, content: str):
         (text_file("bad.jsonl", '{"url": "http://h/1", "generated_caption": 5}\n'), "bad.jsonl can't be read"),
         (text_file("list.txt", "http://h/1\nhttp://h/2\n"), "--caption_column: list.txt has no column"),
         (text_file("notes.md", "http://h/1"), "notes.md: no such kind of table"),
-    ],
+        (text_file("three.txt", "http://h/1\ta\t0.5\n"), "three.txt has 3 columns: give it a first line of names"),
+        (
+            text_file("open.tsv", 'url\tgenerated_caption\nhttp://h/1\t"a\nhttp://h/2\tb\nhttp://h/3\t"c"\n'),
+            "open.tsv: a quotation mark takes in the rows after it, from 'a\\nhttp://h/2",
+        ),
+    ],  # fmt: skip
 )
 def test_a_table_that_cannot_be_used_is_one_sentence_and_leaves_nothing(tmp_path, capsys, make, message):
     """Never "the disk", never "the same command goes on": exit code 2, and no empty folder."""
@@ -291,6 +313,42 @@ def test_a_lost_manifest_still_guards_its_folder(captions, tmp_path):
     run_on(tmp_path / "a", captions)
     (tmp_path / "a" / "manifest.json").unlink()
     assert "image_size was 64, is 48" in run_on(tmp_path / "a", captions, "--image_size", "48", code=2)
+
+
+def test_another_dataset_is_not_asked_for_the_commit_of_the_first(hub, tmp_path):
+    hub.files["data/one.parquet"] = write_captions(tmp_path / "c.parquet", ["http://127.0.0.1:9/a.jpg"]).read_bytes()
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    for name, revision in ((hub.REPO, "main"), (hub.REPO, hub.COMMIT), ("owner/other", "main")):
+        done = run_data(tmp_path / "a", "--dataset_name", name, "--min_success", "0", environment=environment)
+        assert f"Captions: {name} from the Hub, revision {revision}." in done.stdout, done.stderr
+        assert done.returncode == (2 if name == "owner/other" else 0)
+
+
+def test_a_manifest_without_settings_is_not_ours(captions, tmp_path):
+    run_on(tmp_path / "a", captions, "--max_samples", "6")
+    path = tmp_path / "a" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]
+    path.write_text(json.dumps(manifest))
+    assert "was not written by this version of data.py" in run_on(tmp_path / "a", captions, code=2)
+
+
+def test_a_damaged_manifest_stays_where_other_settings_are_refused(captions, tmp_path):
+    run_on(tmp_path / "a", captions, "--max_samples", "6")
+    (tmp_path / "a" / "manifest.json").write_text("{")
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "seed was 0, is 1" in run_on(tmp_path / "a", captions, "--max_samples", "6", "--seed", "1", code=2)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before
+    assert (tmp_path / "a" / "manifest.json").read_text() == "{"
+
+
+def test_trouble_of_the_disk_is_no_damage(tmp_path):
+    """A table that can't be opened just now is not removed."""
+    (tmp_path / "00000.tar").touch()
+    (tmp_path / "00000.parquet").symlink_to("00000.parquet")
+    with pytest.raises(OSError, match="symbolic link"):
+        data.forget_damaged(tmp_path, ["00000"])
+    assert (tmp_path / "00000.parquet").is_symlink()
 
 
 def test_check_of_a_folder_without_a_manifest(tmp_path, capsys):
@@ -486,6 +544,12 @@ def test_captions_of_several_lines_in_a_large_csv(tmp_path):
     batches = [batch for _, batch in data.read_batches([(path.name, path)], {"url": data.TEXT, "text": data.TEXT})]
     found = [(row["url"], row["text"]) for batch in batches for row in batch.to_pylist()]
     assert found == rows
+
+
+def test_check_opens_the_last_of_many(tmp_path, capsys):
+    good, broken = encode(photo(1, 8, 8), "JPEG"), encode(photo(1, 8, 8), "JPEG")[:-200]
+    write_shards(tmp_path, [(good, "a")] * 2100 + [(broken, "b")], per_shard=5000)
+    assert data.check_folder(tmp_path) == ["00000.tar: sample 2100 can't be decoded: OSError"]
 
 
 def test_check_takes_a_list_of_captions(tmp_path, capsys):

@@ -549,6 +549,7 @@ def test_retries_are_for_failures_that_may_pass(image_server, tmp_path):
     assert fetched(f"{image_server.url}/twice503/b", tmp_path, "--retries", "1") == "http_503"
     assert fetched(f"{image_server.url}/twice503/c", tmp_path, "--retries", "2") == "ok"
     assert fetched(f"{image_server.url}/404/c", tmp_path, "--retries", "2") == "http_404"
+    assert fetched(f"{image_server.url}/twice503/d", tmp_path, "--retries", "2", "--deadline", "0.5") == "ok"
     assert [image_server.hits[f"/{path}"] for path in ("twice503/b", "twice503/c", "404/c")] == [2, 3, 1]
 
 
