@@ -103,13 +103,17 @@ SD_TEXT_ENCODER = {
 SD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 GIB = 2**30
-VARIANTS = ("floor", "cached", "recipe", "floor with VAE", "shards", "plain", "plain float32")
+VARIANTS = ("floor", "cached", "recipe", "random conditioning", "latents")
+VARIANTS += ("floor with VAE", "shards", "plain", "plain float32")
 # What the README's real recipe asks of the loop.
 RECIPE = {"use_ema": True, "offload_ema": True, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+LATENTS_STEPS = 25  # of a latent that the teacher makes, each of two passes
 # Whose time is divided by whose.
 RATIOS = (
     "cached / floor",
     "recipe / cached",
+    "random conditioning / cached",
+    "latents / cached",
     "shards / floor with VAE",
     "shards / cached",
     "plain / cached",
@@ -249,7 +253,7 @@ class Variant:
 
     step: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
-    micro_batches: int = 1  # of a step, which is what seconds are counted by
+    micro_batches: float = 1  # of a step, which is what seconds are counted by
 
 
 def synchronize(device: torch.device) -> None:
@@ -462,9 +466,9 @@ def training_variants(
     recipe, run = run, dataclasses.replace(run, args=args, ema_unet=None)
     device, optimizer = run.accelerator.device, run.optimizer.optimizer
     batches = dt.make_dataloader(dataset, args, run.accelerator, 0)
-    first = next(batches)
+    first, size = next(batches), args.train_batch_size
     count = 8 * args.dataloader_num_workers or 2
-    loader_rate = args.train_batch_size / timed_block(lambda: next(batches), count, device)[0]
+    loader_rate = size / timed_block(lambda: next(batches), count, device)[0]
     half = run.weight_dtype is torch.bfloat16
     place(run, run.weight_dtype, run.weight_dtype, vae=True, fused=True)  # as a batch size before may not have left it
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once: compiling the encoder takes longer
@@ -479,6 +483,17 @@ def training_variants(
     place_ours = functools.partial(place, teacher=run.weight_dtype, others=run.weight_dtype, fused=True)
     ours = functools.partial(place_ours, run)
     latents = dt.make_dataloader(cached, args, run.accelerator, 0)
+    settings = {"random_conditioning": 5.0, "teacher_latents_steps": 25 if device.type == "cuda" else 2}
+    conditioned = dataclasses.replace(run, args=argparse.Namespace(**vars(args) | settings))
+    prepare = cached.prepare | {"pool": caption_pool(Path(args.train_data_dir).parent, run.tokenizer)}
+    pooled = dt.DistillationDataset(cached.rows, cached.columns, args.seed, **prepare)
+    swapped = dt.make_dataloader(pooled, conditioned.args, run.accelerator, 0)
+    pipeline = dt.sampling_pipeline(run, run.teacher_unet)
+
+    def paint() -> None:
+        dt.paint_latents(pipeline, ["an image"] * size, range(size), conditioned.args)
+        run.teacher_tap.pop()
+
     variants = {
         "floor": Variant(lambda: floor_step(run, optimizer, ready, False), lambda: ours(vae=False)),
         "cached": Variant(lambda: trainer_step(run, latents, number), lambda: ours(vae=False)),
@@ -487,6 +502,9 @@ def training_variants(
             lambda: place_ours(recipe, vae=False),
             recipe.args.gradient_accumulation_steps,
         ),
+        "random conditioning": Variant(lambda: trainer_step(conditioned, swapped, number), lambda: ours(vae=False)),
+        # In the time of the default 25 steps, however many are taken.
+        "latents": Variant(paint, lambda: ours(vae=False), settings["teacher_latents_steps"] / LATENTS_STEPS),
         "floor with VAE": Variant(lambda: floor_step(run, optimizer, ready, True), lambda: ours(vae=True)),
         "shards": Variant(lambda: trainer_step(run, batches, number), lambda: ours(vae=True)),
         "plain": Variant(
@@ -500,6 +518,14 @@ def training_variants(
             lambda: place(run, torch.float32, torch.float32, vae=True, fused=False),
         )
     return variants, loader_rate
+
+
+def caption_pool(folder: Path, tokenizer: CLIPTokenizer) -> dt.CaptionPool:
+    """Ten thousand captions, tokenised."""
+    path = folder / "tokens.uint16"
+    if not path.exists():
+        dt.tokenize_pool((f"a view of number {number}" for number in range(10_000)), tokenizer, path)
+    return dt.CaptionPool(path, tokenizer.model_max_length)
 
 
 def warm_up(variants: Mapping[str, Variant], run: dt.Distillation, steps: int) -> dict[str, Variant]:
@@ -599,8 +625,10 @@ def summarize_training(
     variants: dict[str, Any] = {name: None for name in names}
     flops, peaks = setting["flops_per_image"], setting["matmul_flops_per_second"]
     for name, row in measured.items():
-        encodes = name not in ("floor", "cached", "recipe")
+        encodes = name not in ("floor", "cached", "recipe", "random conditioning")
         work = sum(count for part, count in flops.items() if encodes or part != "VAE encode")
+        if name == "latents":
+            work = 2 * LATENTS_STEPS * flops["teacher forward"]
         rate = setting["batch_size"] / row["median_seconds"]
         peak = peaks["no" if name == "plain float32" else setting["precision"]]
         variants[name] = row | {"images_per_second": rate, "share_of_matmul_peak": work * rate / peak}
@@ -722,8 +750,10 @@ def training_tables(record: Mapping[str, Any]) -> tuple[str, list[tuple[str, flo
         table(["student", *parts], [[k, *(f"{v[part] / 1e9:.1f}" for part in parts)] for k, v in flops.items()]),
         "\n".join(notes),
         "`recipe` is the README's real recipe on cached latents: 4 micro-batches a step, gradient checkpointing, an "
-        "offloaded moving average. The others keep no average, but on a CPU its memory counts in all peaks. None "
-        "writes to a tracker.",
+        "offloaded moving average. `random conditioning` is `cached` with a pool of 10,000 captions. `latents` has "
+        "the teacher make a batch, in 25 steps with guidance (on a CPU 2 steps, counted as 25): its ratio to `cached` "
+        "says how many training samples one costs. The others keep no average, but on a CPU its memory counts in all "
+        "peaks. None writes to a tracker.",
     ]
     return "\n\n".join(sections), bars
 
@@ -1162,10 +1192,12 @@ def compare(args: argparse.Namespace) -> None:
 # All that needs a GPU, part by part.
 
 RECIPE_PART = "tests/benchmark.py training --level sd_small --precision bf16 --variants cached recipe --compile"
+CAPTIONS_PART = RECIPE_PART.replace("cached recipe", "cached 'random conditioning' latents")
 GPU_PARTS = {  # what `python` is given
     **{f"recipe-{size}": f"{RECIPE_PART} --batch_size {size}" for size in (16, 32, 64)},
     "recipe-32-cudnn-benchmark": f"{RECIPE_PART} --batch_size 32 --cudnn_benchmark",
     "recipe-32-conv-1x1-as-mm": f"{RECIPE_PART} --batch_size 32 --conv_1x1_as_mm",
+    "captions-16": f"{CAPTIONS_PART} --batch_size 16",
     "memory": "tests/benchmark.py memory",
     "inference": "tests/benchmark.py inference --precision bf16",
     "pytest": "-m pytest -q -rfEs -m gpu tests",
