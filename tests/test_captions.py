@@ -20,6 +20,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from helpers import (
     ROOT,
     assert_equal,
+    assert_same_checkpoint,
     data_args,
     dataset_of,
     flags,
@@ -455,6 +456,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, teacher: Path, c
     changed = teacher_run(teacher, tmp_path / "cut", other, **settings, max_train_steps=6)
     with pytest.raises(dt.UserError, match="caption pool 40 captions .* -> 40 captions "):
         dt.main(dt.parse_args([*changed, "--resume_from_checkpoint", "latest"]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_while_captions_are_swapped(
+    tmp_path: Path, teacher: Path, captions: Path, launcher: Launcher, ranks: int
+) -> None:
+    """Every rank draws timesteps, noise, swaps and captions of its own, and draws the same again."""
+    settings = {"random_conditioning": 5, "latents_cache_dir": tmp_path / "cache", "checkpointing_steps": 1}
+    settings |= {"max_train_steps": 8, "resume_from_checkpoint": "latest"}
+    lines = {name: teacher_run(teacher, tmp_path / name, captions, **settings) for name in ("whole", "cut")}
+    whole = launcher.start(lines["whole"], tmp_path / "log", ranks=ranks)
+    assert whole.wait() == [0] * ranks, whole.log()
+    cut = launcher.start(lines["cut"], tmp_path / "cut-log", ranks=ranks)
+    cut.wait_for(lambda: (tmp_path / "cut" / "checkpoint-3").exists())
+    cut.kill_group()
+    assert cut.wait() == [-signal.SIGKILL] * ranks
+    again = launcher.start(lines["cut"], tmp_path / "again-log", ranks=ranks)
+    assert again.wait() == [0] * ranks, again.log()
+    assert re.search(r"Optimiser steps = 8, going on after [3-7]", again.log())
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint-8" for name in ("whole", "cut")))
 
 
 # ----------------------------------------------------------------------------------------------------------------
