@@ -99,13 +99,14 @@ class Launcher:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         logs = [log.with_name(f"{log.name}-{rank}") for rank in range(ranks)]
-        shared = {key: str(value) for key, value in environment.items()}
+        shared = {}
         if ranks > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
             shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        shared |= {key: str(value) for key, value in environment.items()}
         for path in logs:
             path.write_bytes(b"")
         own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
@@ -116,6 +117,11 @@ class Launcher:
         run = Run(self, self.ask("start", children=children), logs)
         self.started.append(run)
         return run
+
+    def finish(self, flags: Sequence[object], log: Path, **environment: object) -> subprocess.CompletedProcess[str]:
+        """`start`, and wait for its end: what it wrote, to either, is `stderr`."""
+        run = self.start([str(flag) for flag in flags], log, **environment)
+        return subprocess.CompletedProcess(flags, run.wait(300)[0], stderr=run.log())
 
     def close(self) -> None:
         for run in self.started:

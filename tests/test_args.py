@@ -1,10 +1,8 @@
 """Every flag, and one clear sentence with exit code 2 for every mistake, before anything is written."""
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,10 @@ from helpers import (
     dataset_of,
     hub_cache,
     make_pipeline,
-    run_script,
     toy_images,
     write_imagefolder,
 )
+from launcher import Launcher
 from torchvision.transforms import InterpolationMode
 from transformers import CLIPTextModel
 
@@ -546,11 +544,11 @@ def assert_refused(code: object, stderr: str) -> str:
     return sentence
 
 
-def test_hub_name_without_network(world: dict[str, str], tmp_path: Path) -> None:
+def test_hub_name_without_network(world: dict[str, str], tmp_path: Path, launcher: Launcher) -> None:
     before = snapshot(tmp_path, world["teacher"], world["shards"])
     flags = ["--pretrained_model_name_or_path", "someone/absent", "--train_data_dir", world["shards"]]
-    flags += ["--resolution", "64", "--output_dir", str(tmp_path / "output")]
-    process = run_script(*flags, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache"))
+    flags += ["--resolution", "64", "--output_dir", tmp_path / "output", "--cache_dir", tmp_path / "cache"]
+    process = launcher.finish(flags, tmp_path.with_name("log"))
     sentence = assert_refused(process.returncode, process.stderr)
     assert snapshot(tmp_path, world["teacher"], world["shards"]) == before
     assert sentence.startswith("--pretrained_model_name_or_path someone/absent cannot be loaded")
@@ -766,10 +764,10 @@ def test_a_warm_up_that_takes_all_steps(refused_run: Callable[..., str], length:
     assert sentence == "--lr_scheduler polynomial: --lr_warmup_steps 10 must not be all of the 10 steps."
 
 
-def test_wandb_without_a_login(world: dict[str, str], tmp_path: Path) -> None:
+def test_wandb_without_a_login(world: dict[str, str], tmp_path: Path, launcher: Launcher) -> None:
     home = {"WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_MODE": "online"}
     line = command_line(world, ["--report_to", "wandb", "--resolution", "64", "--output_dir", str(tmp_path / "out")])
-    done = run_script(*line, ACCELERATE_USE_CPU="true", **home)
+    done = launcher.finish(line, tmp_path / "log", ACCELERATE_USE_CPU="true", **home)
     sentence = assert_refused(done.returncode, done.stderr)
     assert not (tmp_path / "out").exists()
     assert sentence.startswith("--report_to wandb: ") and "wandb" in sentence.removeprefix("--report_to wandb: ")
@@ -786,13 +784,12 @@ def test_a_launcher_whose_processes_are_not_seen(
         dt.make_accelerator(args)
 
 
-def test_more_processes_launched_than_seen(world: dict[str, str], tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    line = [*start, *command_line(world, []), "--resolution", "64", "--output_dir", str(tmp_path / "out")]
-    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "false"}
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | no_gpu, timeout=300)
-    assert done.returncode == 1 and not (tmp_path / "out").exists(), done.stderr
-    assert done.stderr.count("error: WORLD_SIZE is 2, but accelerate sees 1 process: ") >= 1
+def test_more_processes_launched_than_seen(world: dict[str, str], tmp_path: Path, launcher: Launcher) -> None:
+    line = [*command_line(world, []), "--resolution", "64", "--output_dir", str(tmp_path / "out")]
+    run = launcher.start(line, tmp_path / "log", ranks=2, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="false")
+    assert run.wait() == [2, 2] and not (tmp_path / "out").exists(), run.log()
+    for rank in (0, 1):
+        assert "error: WORLD_SIZE is 2, but accelerate sees 1 process: " in run.log(rank)
 
 
 def test_images_as_text_that_names_no_file(refused_run: Callable[..., str], tmp_path: Path) -> None:

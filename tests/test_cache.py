@@ -44,6 +44,7 @@ from helpers import (
     watched,
     write_tar,
 )
+from launcher import Launcher
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPTokenizer
@@ -537,21 +538,19 @@ def test_without_a_seed_the_cache_is_found_again(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_an_error_while_encoding_ends_the_process(tmp_path: Path, teacher: Path, folder: Path) -> None:
+def test_an_error_while_encoding_ends_the_process(
+    tmp_path: Path, teacher: Path, folder: Path, launcher: Launcher
+) -> None:
     """Its workers ignore signals, and must not be left to the interpreter's exit, which would wait for them."""
-    code = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import distill_training as dt
+    broken = """
 def broken(*_):
     raise RuntimeError("no room")
 dt.load_pixels = broken
-dt.main(dt.parse_args())
 """
     settings = {"resolution": SIDE, "cache_latents": True, "dataloader_num_workers": 2, "max_train_steps": 1}
-    line = [sys.executable, "-c", code, str(ROOT), *flags(teacher, folder, tmp_path / "out", **settings)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and "RuntimeError: no room" in done.stderr
+    line = flags(teacher, folder, tmp_path / "out", **settings)
+    run = launcher.start(line, tmp_path / "log", before=broken)
+    assert run.wait(100) == [1] and "RuntimeError: no room" in run.log()
 
 
 # --- by itself ------------------------------------------------------------------------------------------------

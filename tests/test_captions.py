@@ -27,7 +27,6 @@ from helpers import (
     make_pipeline,
     make_tokenizer,
     new_run,
-    run_script,
     toy_images,
     train,
     unet_weights,
@@ -519,8 +518,8 @@ def test_flags_that_do_not_go_together(
     assert sentence in capsys.readouterr().err
 
 
-def test_more_latents_than_captions(tmp_path: Path, teacher: Path, captions: Path) -> None:
-    done = run_script(*teacher_run(teacher, tmp_path / "out", captions, teacher_latents=41))
+def test_more_latents_than_captions(tmp_path: Path, teacher: Path, captions: Path, launcher: Launcher) -> None:
+    done = launcher.finish(teacher_run(teacher, tmp_path / "out", captions, teacher_latents=41), tmp_path / "log")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].endswith("--teacher_latents 41 is more than --caption_pool has: 40.")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
-from helpers import ROOT, assert_equal, flags, hub_cache, make_pipeline, run_script, same_tensors, train, unet_weights
+from helpers import ROOT, assert_equal, flags, hub_cache, make_pipeline, same_tensors, train, unet_weights
 from launcher import Launcher
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -245,7 +245,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_that_exists_is_exported_without_training(
-    tmp_path: Path, results: dict[tuple[str, str], Path]
+    tmp_path: Path, results: dict[tuple[str, str], Path], launcher: Launcher
 ) -> None:
     folder = tmp_path / "small-sd"
     shutil.copytree(results["sd_small", "1"], folder)
@@ -255,14 +255,14 @@ def test_a_folder_that_exists_is_exported_without_training(
         path.unlink()
     before = snapshot(folder)
     line = ["--export", "single_file", "fp16", "--export_from", str(folder)]
-    done = run_script(*line)
+    done = launcher.finish(line, tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
     after = snapshot(folder)
     assert {name: after.pop(name) for name in before} == before
     fp16 = {str(path.relative_to(folder)): content for path, content in made.items() if path.parent != folder}
     assert after.pop("small-sd.safetensors") and after == fp16
     # Again: what is there is not overwritten.
-    done = run_script(*line)
+    done = launcher.finish(line, tmp_path / "log")
     assert (
         done.returncode == 2 and f"{folder}/small-sd.safetensors is there, and no export is overwritten" in done.stderr
     )
@@ -407,7 +407,7 @@ def test_a_file_that_came_in_between_is_kept(tmp_path: Path, monkeypatch: pytest
     assert [path.read_text() for path in exports_in(folder)] == ["the user's own"]
 
 
-def test_a_failed_export_ends_with_1_and_the_folder_stays(tmp_path: Path, shards: Path) -> None:
+def test_a_failed_export_ends_with_1_and_the_folder_stays(tmp_path: Path, shards: Path, launcher: Launcher) -> None:
     """The teacher's text encoder has a number that float16 does not have."""
     teacher, output = tmp_path / "teacher", tmp_path / "out"
     shutil.copytree(TINY_SD, teacher)
@@ -416,7 +416,7 @@ def test_a_failed_export_ends_with_1_and_the_folder_stays(tmp_path: Path, shards
     weights["text_model.embeddings.token_embedding.weight"][3] = 1e6  # of a letter that no caption has
     save_file(weights, path, metadata={"format": "pt"})
     settings = {"max_train_steps": 1, "export": ["fp16", "single_file"]}
-    done = run_script(*flags(teacher, shards, output, **settings))
+    done = launcher.finish(flags(teacher, shards, output, **settings), tmp_path / "log")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     error = f"--export: {output} stays as it is: text_encoder has weights that half precision cannot hold"
     assert done.stderr.splitlines()[-1].endswith(error)
@@ -531,25 +531,25 @@ def test_a_single_file_trains_as_its_folder_does(tmp_path: Path, single: Path, s
     assert "**realistic.safetensors**" in card and str(single.parent) not in card and str(TINY_SD) not in card
 
 
-def refused(*line: object, **environment: str) -> str:
-    done = run_script(*line, "--report_to", "none", "--resolution", "64", **environment)
+def refused(launcher: Launcher, folder: Path, *line: object) -> str:
+    done = launcher.finish([*line, "--report_to", "none", "--resolution", "64"], folder / "log")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stderr.splitlines()[-1]
 
 
-def test_configs_that_cannot_be_had(tmp_path: Path, single: Path, shards: Path) -> None:
+def test_configs_that_cannot_be_had(tmp_path: Path, single: Path, shards: Path, launcher: Launcher) -> None:
     line = ["--pretrained_model_name_or_path", single, "--train_data_dir", shards, "--output_dir", tmp_path / "out"]
-    sentence = refused(*line, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    sentence = refused(launcher, tmp_path, *line, "--cache_dir", tmp_path / "home")
     assert f"--pretrained_model_name_or_path {single} cannot be loaded" in sentence
     assert sentence.endswith("(its configs come from the hub, or from --single_file_config FOLDER)")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_file_that_lacks_the_rest(tmp_path: Path, shards: Path) -> None:
+def test_a_single_file_that_lacks_the_rest(tmp_path: Path, shards: Path, launcher: Launcher) -> None:
     """A U-Net in diffusers' names: the commonest file that is no pipeline."""
     line = ["--pretrained_model_name_or_path", TINY_SD / "unet" / "diffusion_pytorch_model.safetensors"]
     line += ["--train_data_dir", shards, "--output_dir", tmp_path / "out", "--single_file_config", TINY_SD]
-    sentence = refused(*line)
+    sentence = refused(launcher, tmp_path, *line)
     assert "diffusion_pytorch_model.safetensors" in sentence and not (tmp_path / "out").exists()
 
 

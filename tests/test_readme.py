@@ -4,8 +4,8 @@
 """
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -109,8 +109,9 @@ def test_a_row_of_the_table_is_all_there_is_of_a_flag() -> None:
     )
 
 
-def test_the_table_is_printed() -> None:
-    printed = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True).stdout
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(__file__, run_name="__main__")
+    printed = capsys.readouterr().out
     names = re.findall(r"^\| `--(\w+)`", printed, re.MULTILINE)
     args = vars(dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d"]))
     assert names == list(dt.FLAGS) and sorted(names) == sorted(args)

@@ -713,16 +713,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_no_module_that_only_posix_has_is_needed(tmp_path: Path, teacher: Path, shards: Path) -> None:
     """Libraries may need them; the trainer, and what it imports of data.py, must not."""
-
-    def run(*line: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", WITHOUT_POSIX, str(SCRIPT.parent), *line]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    assert "--pretrained_model_name_or_path" in run("--help").stdout
     settings = {"distill_level": "sd_tiny", "max_train_steps": 2, "checkpointing_steps": 1, "use_ema": True}
-    done = run(*flags(teacher, shards, tmp_path / "out", **settings, cache_latents=True))
+    line = flags(teacher, shards, tmp_path / "out", **settings, cache_latents=True)
+    command = [sys.executable, "-c", WITHOUT_POSIX, str(SCRIPT.parent), *line]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert "HIDDEN resource" in done.stdout and "Peak memory = not known" in done.stderr
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
     assert (tmp_path / "out" / "model_index.json").is_file()
