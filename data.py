@@ -931,44 +931,28 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import huggingface_hub as hub  # not at the top: workers import this file too, and need none of it
-    from huggingface_hub import constants, errors, utils
+    from huggingface_hub import errors
 
     def refuse(what: str, kind: type[Exception] = UserError) -> NoReturn:
         raise kind(f"--dataset_name {dataset_name}: {what}") from None
 
     wanted = {"repo_id": dataset_name, "repo_type": "dataset", "allow_patterns": "*.parquet"}
-    branch = urllib.parse.quote(revision or "main", safe="")
+    passing = errors.HTTPError, errors.HFValidationError, OSError, RuntimeError  # some do; the last is hf_xet's
 
-    def download() -> tuple[Path, set[str]]:
-        utils.validate_repo_id(dataset_name)
-        # The library's backoff waits until the Hub answers: its download asks this question once, without.
-        url = f"{constants.ENDPOINT}/api/datasets/{dataset_name}/revision/{branch}"
-        response = utils.http_backoff("GET", url, headers=utils.build_hf_headers(), max_retries=3, timeout=10)
-        utils.hf_raise_for_status(response)
-        folder = Path(hub.snapshot_download(**wanted, revision=revision))
-        if folder.name != response.json()["sha"]:  # the Hub fell silent in between, and the cache had another commit
-            folder = Path(hub.snapshot_download(**wanted, revision=response.json()["sha"]))
-        return folder, {file["rfilename"] for file in response.json()["siblings"]}
-
-    for last_try in (False, True):
-        try:
-            folder, listed = download()
-            break
-        except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:  # the last is hf_xet's
-            what, kind = hub_problem(error, revision)
-            if kind is DataError and not last_try:
-                continue
-            # What was deleted, or closed to us, may be in the cache: a commit never changes.
-            known = isinstance(error, errors.OfflineModeIsEnabled) or re.fullmatch("[0-9a-f]{40}", revision or "")
-            if kind is UserError and not known:
-                refuse(what)
+    try:
+        folder, listed = download_tables(wanted, revision, passing)
+    except passing as error:
+        what, kind = hub_problem(error, revision)
+        # What was deleted, or closed to us, may be in the cache: a commit never changes.
+        known = isinstance(error, errors.OfflineModeIsEnabled) or re.fullmatch("[0-9a-f]{40}", revision or "")
+        if kind is UserError and not known:
+            refuse(what)
         try:
             folder = Path(hub.snapshot_download(**wanted, revision=revision, local_files_only=True))
         except errors.LocalEntryNotFoundError:
             refuse(f"{what}, and the local cache does not hold it all", kind)
         listed = rest_of(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
         print(f"The captions come from the local cache: {what}.")
-        break
     commit = folder.name
     files = [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*.parquet"))]
     if missing := {name for name in listed if name.endswith(".parquet")} - {name for name, _ in files}:
@@ -985,6 +969,31 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     if not files:
         refuse(f"commit {commit} holds no parquet file")
     return commit, files
+
+
+def download_tables(
+    wanted: Mapping[str, str], revision: str | None, passing: tuple[type[Exception], ...]
+) -> tuple[Path, set[str]]:
+    """Ask the Hub, and download what it has. Returns the cache's folder and the names of all files of its commit."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants, utils
+
+    utils.validate_repo_id(wanted["repo_id"])
+    # The library's backoff waits until the Hub answers: its download asks this question once, without.
+    branch = urllib.parse.quote(revision or "main", safe="")
+    url = f"{constants.ENDPOINT}/api/datasets/{wanted['repo_id']}/revision/{branch}"
+    response = utils.http_backoff("GET", url, headers=utils.build_hf_headers(), max_retries=3, timeout=10)
+    utils.hf_raise_for_status(response)
+    for last_try in (False, True):
+        try:
+            folder = Path(hub.snapshot_download(**wanted, revision=revision))
+            if folder.name != response.json()["sha"]:  # it fell silent, and the cache had another commit
+                folder = Path(hub.snapshot_download(**wanted, revision=response.json()["sha"]))
+            break
+        except passing as error:
+            if last_try or hub_problem(error, revision)[1] is UserError:
+                raise
+    return folder, {file["rfilename"] for file in response.json()["siblings"]}
 
 
 def rest_of(names: Iterable[str]) -> set[str]:
@@ -2040,7 +2049,7 @@ class Heartbeats:
     def __init__(self, args: argparse.Namespace) -> None:
         self.work = Path(args.output_dir) / ".unfinished"
         local = args.distributor == "multiprocessing"
-        self.patience = args.deadline + (60 if local else 120)  # a shared disk shows a change after a while only
+        self.patience = args.deadline + (10 if local else 120)  # a shared disk shows a change after a while only
         self.start = self.patience + 60 if local else math.inf  # a cluster may let us wait until it has room
         self.beats: dict[Path | None, tuple[Any, float]] = {}
 
@@ -2087,7 +2096,8 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
             heartbeats.check()
             time.sleep(0.2)
     finally:
-        end_group(child.pid)
+        if child.poll() != 0:  # after a 0 no worker is left
+            end_group(child.pid)
         child.wait()
         while_running()
     reader.join(2)

@@ -101,9 +101,9 @@ def test_an_incomplete_cache_of_an_older_library_is_noticed(hub, tmp_path):
     hub.close()
     for trees in (tmp_path / "hf").rglob("trees"):
         shutil.rmtree(trees)
-    assert fetch_from(hub, tmp_path, hub.REPO, None)[0] == [commit, files]
+    assert fetch_from(hub, tmp_path, hub.REPO, None, HF_HUB_OFFLINE="1")[0] == [commit, files]
     next((tmp_path / "hf").rglob("train-00001-of-00002.parquet")).unlink()
-    (code, sentence), _ = fetch_from(hub, tmp_path, hub.REPO, None)
+    (code, sentence), _ = fetch_from(hub, tmp_path, hub.REPO, None, HF_HUB_OFFLINE="1")
     assert code == 1 and "the local cache lacks data/train-00001-of-00002.parquet" in sentence
 
 
@@ -394,14 +394,14 @@ def test_retry_failed_asks_for_what_may_pass(image_server, tmp_path):
     paths = {"ok/1.jpg": "ok", "500/a": "http_500", "429/a": "http_429", "drip": "deadline", "404/a": "http_404"}
     paths |= {"page.html": "not_an_image", "optout/noai": "opt_out"}
     captions = write_captions(tmp_path / "c.parquet", [f"{image_server.url}/{path}" for path in paths])
-    run_on(tmp_path / "a", captions, "--min_success", "0")
+    run_on(tmp_path / "a", captions, "--min_success", "0", "--deadline", "1")
     assert statuses(tmp_path / "a") == {f"/{path}": status for path, status in paths.items()}
     for flags, asked in (
         (["--retry_failed"], {"/500/a", "/429/a", "/drip"}),
         (["--retry_failed", "all"], {f"/{path}" for path in paths} - {"/ok/1.jpg"}),
     ):
         image_server.hits.clear()
-        run_on(tmp_path / "a", captions, "--min_success", "0", *flags)
+        run_on(tmp_path / "a", captions, "--min_success", "0", "--deadline", "1", *flags)
         assert set(image_server.hits) == asked
 
 
@@ -500,7 +500,7 @@ def test_stopping_while_rows_are_dealt_leaves_nothing_behind(tmp_path):
     with started(tmp_path / "new" / "a", captions, "--number_sample_per_shard", "5000") as child:
         wait_until(lambda: list((tmp_path / "new" / "a" / ".unfinished").glob("group*")))
         child.send_signal(signal.SIGINT)
-        _, error = child.communicate(timeout=30)
+        _, error = child.communicate(timeout=60)
     assert child.returncode == 130 and "stopped" in error and "Traceback" not in error
     assert not (tmp_path / "new").exists()
 

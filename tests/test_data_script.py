@@ -336,7 +336,9 @@ def hub_folder(tmp_path):
     return folder
 
 
-def fetch_from(hub: HubServer, tmp_path: Path, *arguments: str | None) -> tuple[list, subprocess.CompletedProcess]:
+def fetch_from(
+    hub: HubServer, tmp_path: Path, *arguments: str | None, **environment: str
+) -> tuple[list, subprocess.CompletedProcess]:
     code = """
 import json, sys, data
 try:
@@ -347,9 +349,9 @@ except data.UserError as error:
 except data.DataError as error:
     print(json.dumps([1, str(error)]))
 """
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | environment
     command = [sys.executable, "-c", code, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | home, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]), done
 
 
