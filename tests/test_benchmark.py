@@ -50,12 +50,8 @@ def real_parts() -> dict:
     return benchmark.make_parts(False, META)
 
 
-def test_training(tmp_path: Path) -> None:
-    """Run as a user would."""
-    line = ["tests/benchmark.py", "training", *FLAGS, str(tmp_path)]
-    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    training = read_benchmark("training", tmp_path, done.stdout)
+def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    training = run_benchmark("training", tmp_path, monkeypatch, capsys)
     plain, half = training["results"]
     assert (plain["precision"], half["precision"]) == ("no", "bf16")
     assert set(benchmark.VARIANTS) - {"plain float32"} == plain["variants"].keys()
@@ -159,9 +155,10 @@ def test_commands_of_the_gpu_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_gpu_parts_are_rows_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A training part, one that fails, and the tests, each in a real process."""
+    """A training part, one that fails, and tests, each in a real process."""
     broken = shlex.join(["-c", "raise ValueError('in two | parts')"])
     parts = {name: benchmark.GPU_PARTS[name] for name in ("recipe-16", "pytest")}
+    parts["pytest"] = parts["pytest"].removesuffix("tests") + "tests/test_step.py"  # where they are
     monkeypatch.setattr(benchmark, "GPU_PARTS", {"recipe-16": parts["recipe-16"], "broken": broken, **parts})
     line = ["gpu", "--toy", "--device", "cpu", "--threads", "1", "--output_dir", str(tmp_path)]
     benchmark.main(benchmark.parse_args(line))

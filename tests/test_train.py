@@ -39,8 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distill_training as dt
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("precision", "prediction_type"), [("no", "epsilon"), ("bf16", "v_prediction")])
 @pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
 def test_every_level_trains_and_loads(
     tmp_path: Path, shards: Path, level: str, precision: str, prediction_type: str
