@@ -1,5 +1,6 @@
 """The world of shapes, its judge, the shards and the committed teacher (what `make_tiny_sd.py` made)."""
 
+import copy
 import io
 import json
 import random
@@ -7,6 +8,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import measure_quality
 import numpy as np
 import pytest
 import torch
@@ -289,3 +291,40 @@ def test_make_script_refuses_bad_flags(flags: list[str], sentence: str, capsys: 
 def test_eval_shard_is_balanced() -> None:
     samples = [TRIPLE_OF[text] for path in EVAL_SHARDS for _, _, text in read_shard(path)]
     assert set(Counter(shape for shape, _, _ in samples).values()) == {len(samples) // len(SHAPES)}
+
+
+def test_nothing_that_is_held_out_of_the_recipes_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in images nor in the captions that latents are made of; the pool of swapped captions has it all."""
+    kinds = measure_quality.triples()
+    assert {kind: len(triples) for kind, triples in kinds.items()} == {
+        "seen": 46, "unseen pairs": 36, "unseen concepts": 98,
+    }  # fmt: skip
+    made: list[list[str]] = []
+    monkeypatch.setattr(measure_quality, "train", lambda flags, output_dir: made.append(list(flags)))
+    (tmp_path / "made" / "0").mkdir(parents=True)
+    (tmp_path / "made" / "0" / "manifest.json").touch()
+    measure_quality.write_sources(tmp_path)
+    images = [TRIPLE_OF[text] for path in (tmp_path / "images").glob("*.tar") for _, _, text in read_shard(path)]
+    captions = [TRIPLE_OF[text] for text in (tmp_path / "seen.txt").read_text().splitlines()]
+    assert sorted(images) == sorted(captions) and len(images) == 512 and set(images) == set(kinds["seen"])
+    for shape, color, background in images:
+        assert shape != "star" and "magenta" not in (color, background)
+        assert (shape, color) not in {("circle", "green"), ("square", "blue"), ("triangle", "red")}
+    assert made[0][made[0].index("--caption_pool") + 1] == "seen.txt" and (tmp_path / "latents").is_dir()
+    pool = {TRIPLE_OF[text] for text in (tmp_path / "captions.txt").read_text().splitlines()}
+    assert pool == set(all_triples())
+
+
+def test_errors_of_students_that_are_known(teacher: StableDiffusionPipeline) -> None:
+    """The teacher has none; where the last layer is scaled by 0.8, each is 0.04 times mean square over variance."""
+    prompts = ["a red circle on a blue background"]
+    found = measure_quality.compared(teacher, teacher, prompts, 3)
+    assert found["guided error"] == found["prediction error"] == found["drift"] == 0
+    unet = copy.deepcopy(teacher.unet)
+    with torch.no_grad():
+        for parameter in unet.conv_out.parameters():
+            parameter.mul_(0.8)
+    student = StableDiffusionPipeline(**teacher.components | {"unet": unet}, requires_safety_checker=False)
+    found = measure_quality.compared(teacher, student, prompts, 3)
+    assert all(0.04 * 0.99 < error < 0.08 for error in found["by state"] + found["by timestep"])
+    assert min(found["by timestep"]) < 0.041 and found["drift"] > 0.05
