@@ -1317,23 +1317,6 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Ten
     return posterior.mean.contiguous(), posterior.std.contiguous()  # as they come out of shards
 
 
-def describe_latents(dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace) -> dict[str, Any]:
-    """All that the latents of these samples follow from, as their manifest says it."""
-    rows = dataset.rows
-    fingerprint = rows.fingerprint() if isinstance(rows, data.Rows) else getattr(rows, "_fingerprint", None)
-    settings = {"vae_config": public_config(vae.config), "image_interpolation_mode": args.image_interpolation_mode}
-    settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
-    return {
-        "maker": "the VAE's encoder, in float32",
-        "vae": weights_hash(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "resolution": args.resolution,
-        "variants": 1 + args.random_flip,  # as it is and, with --random_flip, mirrored
-        "crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}",
-        "settings": settings,
-    }
-
-
 class RowsToEncode(Dataset):
     """The rows of a `DistillationDataset` with all captions and the crop of epoch 0, not mirrored.
 
@@ -1352,85 +1335,14 @@ class RowsToEncode(Dataset):
             return {"captions": [], "fault": COUNTED[unusable.args[0]]}
 
 
-def encode_batch(vae: AutoencoderKL, images: Sequence[Tensor], rows: range, args: argparse.Namespace) -> list[bytes]:
-    """The .npy files of a batch's images: mean and deviation, as it is and mirrored: (variants, 2, C, h, w), float16.
-
-    Raises `TrainingError`, naming the batch's rows, where a latent is not finite.
-    """
-    if not images:
-        return []
-    pixel_values = torch.stack([*images]).contiguous().to(vae.device, non_blocking=True)
-    if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
-        pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(images)))
-    variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
-    latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
-    if not latents.isfinite().all():
-        raise TrainingError(f"Latents of an image among samples {rows[0]} to {rows[-1]} are not finite in float16.")
-    return [data.write_npy(image) for image in latents[: len(images)].cpu().numpy()]
-
-
 @dataclass
 class LatentShards:
     """Shards of latents that are wanted."""
 
     facts: Mapping[str, Any]  # all that they follow from, as their manifest says it
-    size: int  # samples in all
-    shape: tuple[int, int, int]  # (C, h, w) of a sample
-    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]]  # some in a folder, see `write_latents`
-
-
-def in_batches(rows: range, size: int) -> Iterator[range]:
-    """The rows of a shard, `size` at a time. A batch ends with its shard: so it matters not which process makes it."""
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def write_latents(
-    folder: Path,
-    shards: Mapping[int, range],
-    size: int,
-    make_batch: Callable[[range], Iterator[tuple[bytes, dict[str, Any]]]],
-    desc: str,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """Write these shards, by number and rows; yields their entries of the manifest.
-
-    `make_batch` gives the .npy file and the record of each of at most `size` rows.
-    """
-    total = sum(map(len, shards.values()))
-    with tqdm(total=total, desc=desc, unit=" images", disable=not show) as progress:
-        for number, rows in shards.items():
-            samples: list[tuple[str, dict[str, bytes]]] = []
-            for batch in in_batches(rows, size):
-                for row, (npy, record) in zip(batch, make_batch(batch), strict=True):
-                    samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(record).encode()}))
-                progress.update(len(batch))
-            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
-
-
-def encode_shards(
-    folder: Path,
-    shards: Mapping[int, range],
-    dataset: Dataset,
-    vae: AutoencoderKL,
-    args: argparse.Namespace,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """`write_latents` of these rows of `RowsToEncode`. Raises `TrainingError`."""
-    order = (batch for rows in shards.values() for batch in in_batches(rows, args.train_batch_size))
-    batches = batches_of(dataset, args.dataloader_num_workers, list, vae.device, batch_sampler=order)
-
-    def encode(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        examples = next(batches)
-        images = [example.pop("pixel_values") for example in examples if "pixel_values" in example]
-        latents = iter(encode_batch(vae, images, rows, args))
-        for row, example in zip(rows, examples, strict=True):
-            if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
-                gone = "cannot be read (its file is gone or out of reach)"
-                raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
-            yield b"" if "fault" in example else next(latents), example
-
-    with closing(batches):
-        yield from write_latents(folder, shards, args.train_batch_size, encode, "Encoding", show)
+    dataset: DistillationDataset  # the samples that they are of
+    vae: AutoencoderKL
+    make: Callable[[list[range]], Iterator[tuple[bytes, dict[str, Any]]]]  # of batches of rows, each row's two members
 
 
 def open_latents(folder: Path, size: int) -> data.ShardFolder | None:
@@ -1464,27 +1376,36 @@ def latents_folder(args: argparse.Namespace) -> Path:
 
 
 def complete_latents(folder: Path, wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_rows` does."""
-    size = wanted.size
+    """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_dataset` does."""
+    flag, desc = ("teacher_latents", "Painting") if args.teacher_latents else ("cache_latents", "Encoding")
+    size, batch_size, entries, free = len(wanted.dataset), args.train_batch_size, {}, 0
     shards = {n: range(size)[at : at + LATENTS_PER_SHARD] for n, at in enumerate(range(0, size, LATENTS_PER_SHARD))}
-    entries, free = {}, 0
     if accelerator.is_main_process:
         entries, free = finished_shards(folder, shards), shutil.disk_usage(folder).free
     finished, free = broadcast_object_list([set(entries), free])
     missing = {number: rows for number, rows in shards.items() if number not in finished}
-    images = sum(map(len, missing.values()))
-    needed = images * (
-        wanted.facts["variants"] * 4 * math.prod(wanted.shape) + 2048
-    )  # mean and deviation; headers, captions
+    images, numbers = sum(map(len, missing.values())), math.prod(latents_shape(wanted.vae, args))
+    needed = images * (wanted.facts["variants"] * 4 * numbers + 2048)  # mean and deviation; headers, captions
     takes, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
     if needed > free:
-        flag = "teacher_latents" if args.teacher_latents else "cache_latents"
         needs = f"--{flag} needs {takes} in {folder} for {images:,} images, where {has} are free"
         raise UserError(f"{needs}: make room or choose another --latents_cache_dir.")
     logger.info(f"Making latents of {images:,} of {size:,} images in {folder}, which will take {takes}")
     started = time.perf_counter()
     mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
-    entries |= dict(accelerate_utils.gather_object(list(wanted.make(folder, mine))))
+    # A batch ends with its shard: so it matters not which process makes it.
+    batches = [rows[at : at + batch_size] for rows in mine.values() for at in range(0, len(rows), batch_size)]
+    shown = {"total": sum(map(len, batches)), "desc": desc, "disable": not accelerator.is_main_process}
+    made: dict[int, str] = {}
+    with closing(wanted.make(batches)) as members, tqdm(unit=" images", **shown) as progress:
+        for number, rows in mine.items():
+            samples = []
+            for row in rows:
+                npy, record = next(members)
+                samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(record).encode()}))
+                progress.update()
+            made[number] = json.dumps(data.write_shard(folder, data.shard_name(number), samples))
+    entries |= dict(accelerate_utils.gather_object(list(made.items())))
     if accelerator.is_main_process:
         head = {"format": data.FORMAT, "complete": True, "latents": wanted.facts}
         data.write_manifest(folder, head, [entries[number] for number in shards])
@@ -1493,19 +1414,20 @@ def complete_latents(folder: Path, wanted: LatentShards, args: argparse.Namespac
     logger.info(f"Made latents of {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
 
 
-def latents_rows(wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> data.ShardFolder:
-    """The samples of these shards, from a folder named by what they follow from; to be called by every process.
+def latents_dataset(wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> DistillationDataset:
+    """The samples with latents, from a folder named by what these follow from; to be called by every process.
 
     Where they are not whole, all processes make what is missing first. Raises `UserError` where there is no room
-    for them, and `TrainingError` where they cannot be written.
+    for them, and `TrainingError` where they cannot be made or written.
     """
     folder = latents_folder(args) / hashlib.blake2b(json.dumps(wanted.facts).encode(), digest_size=8).hexdigest()
+    size = len(wanted.dataset)
     # The main process alone looks before anything is made: a network's file system remembers what was not there.
-    rows = open_latents(folder, wanted.size) if accelerator.is_main_process else None
+    rows = open_latents(folder, size) if accelerator.is_main_process else None
     if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
         with folder_lock("latents_cache_dir", folder, True) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
-                rows = open_latents(folder, wanted.size)  # another run may just have made them
+                rows = open_latents(folder, size)  # another run may just have made them
                 for old in folder.parent.glob("*/settings.json"):
                     if "rows_per_shard" in old.read_text(errors="replace"):
                         logger.warning(f"{old.parent} holds latents in an earlier format, made anew now: delete it.")
@@ -1517,30 +1439,65 @@ def latents_rows(wanted: LatentShards, args: argparse.Namespace, accelerator: Ac
                         f"Latents cannot be written to {folder} ({first_line(error)}): make room, and the same "
                         "command goes on with what is made by now; or choose another --latents_cache_dir."
                     ) from error
-    rows = rows or open_latents(folder, wanted.size)
+    rows = rows or open_latents(folder, size)
     if any_process(accelerator, rows is None):
         raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
-    return rows
+    return DistillationDataset(rows, ("image", "text"), args.seed, **wanted.dataset.prepare)
 
 
 def cache_latents(
     dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace, accelerator: Accelerator
 ) -> DistillationDataset:
-    """The same samples with `latent_mean` and `latent_std` for `pixel_values`. Raises as `latents_rows` does."""
+    """The same samples with `latent_mean` and `latent_std` for `pixel_values`. Raises as `latents_dataset` does."""
 
-    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+    def encode(batches: list[range]) -> Iterator[tuple[bytes, dict[str, Any]]]:
         freeze(vae, accelerator.device, torch.float32)  # what is kept for good is not rounded on the way
         if use_channels_last(accelerator.device, torch.float32, args.compile):
             vae.to(memory_format=torch.channels_last)
         if args.compile:
             vae.encoder.compile(dynamic=False)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # on by default, with 10 bits of mantissa
-            rows, show = RowsToEncode(dataset, args), accelerator.is_main_process
-            yield from encode_shards(folder, shards, rows, vae, args, show)
+        workers = args.dataloader_num_workers
+        loader = batches_of(RowsToEncode(dataset, args), workers, list, vae.device, batch_sampler=batches)
+        # TF32 is on by default, with 10 bits of mantissa.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), closing(loader):
+            for rows in batches:
+                yield from encode_batch(vae, rows, next(loader), args)
 
-    wanted = LatentShards(describe_latents(dataset, vae, args), len(dataset), latents_shape(vae, args), make)
-    rows = latents_rows(wanted, args, accelerator)
-    return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
+    rows, config = dataset.rows, vae.config
+    fingerprint = rows.fingerprint() if isinstance(rows, data.Rows) else getattr(rows, "_fingerprint", None)
+    settings = {"vae_config": public_config(config), "image_interpolation_mode": args.image_interpolation_mode}
+    settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
+    facts = {"maker": "the VAE's encoder, in float32", "vae": weights_hash(vae)}
+    facts |= {"scaling_factor": config.scaling_factor, "resolution": args.resolution, "variants": 1 + args.random_flip}
+    facts |= {"crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}", "settings": settings}
+    return latents_dataset(LatentShards(facts, dataset, vae, encode), args, accelerator)
+
+
+def encode_batch(
+    vae: AutoencoderKL, rows: range, examples: Sequence[dict[str, Any]], args: argparse.Namespace
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Of each of these rows of `RowsToEncode` the .npy file and the record.
+
+    The file holds mean and deviation, as it is and, with --random_flip, mirrored: (variants, 2, C, h, w), float16.
+    Raises `TrainingError` where a latent is not finite, and for a file that is out of reach.
+    """
+    images, latents = [example.pop("pixel_values") for example in examples if "pixel_values" in example], iter(())
+    if images:
+        pixel_values = torch.stack(images).contiguous().to(vae.device, non_blocking=True)
+        if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
+            pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(images)))
+        variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
+        latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
+        if not latents.isfinite().all():
+            raise TrainingError(
+                f"Latents of an image among samples {rows[0]} to {rows[-1]} are not finite in float16."
+            )
+        latents = iter(latents[: len(images)].cpu().numpy())
+    for row, example in zip(rows, examples, strict=True):
+        if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
+            gone = "cannot be read (its file is gone or out of reach)"
+            raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
+        yield b"" if "fault" in example else data.write_npy(next(latents)), example
 
 
 def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusionPipeline:
@@ -1552,25 +1509,6 @@ def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusio
     pipeline = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def describe_teacher_latents(
-    pool: CaptionPool, vae: AutoencoderKL, contents: Mapping[str, str], args: argparse.Namespace, precision: str
-) -> dict[str, Any]:
-    """All that the teacher's latents follow from, as their manifest says it."""
-    names = ("teacher_latents", "teacher_latents_seed", "teacher_latents_steps", "teacher_latents_guidance_scale")
-    settings = {name: getattr(args, name) for name in (*names, "train_batch_size", "compile", "prediction_type")}
-    settings |= {name: value for name, value in contents.items() if name.startswith("teacher's")}
-    settings |= {"precision": precision, "captions": pool.fingerprint(), "rows_per_shard": LATENTS_PER_SHARD}
-    return {
-        "maker": TEACHER_MADE,
-        "vae": contents["teacher's VAE"],
-        "scaling_factor": vae.config.scaling_factor,
-        "resolution": args.resolution,
-        "variants": 1,
-        "crop": "none",
-        "settings": settings,
-    }
 
 
 @torch.no_grad()
@@ -1595,48 +1533,19 @@ def paint_latents(
     return painted.float().cpu() / pipeline.vae.config.scaling_factor
 
 
-def paint_shards(
-    folder: Path,
-    shards: Mapping[int, range],
-    captions: Sequence[str],
-    pipeline: StableDiffusionPipeline,
-    args: argparse.Namespace,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """`write_latents` of what the teacher makes of these captions. Raises `TrainingError`.
-
-    Latents that are not finite are made once more in float32, and count as broken images where that does not help.
-    """
-    size, broken = args.train_batch_size, 0
-
-    def paint(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        nonlocal broken
-        texts = [captions[row] for row in rows]
-        latents = paint_latents(pipeline, texts, rows, args).half()
-        if not latents.isfinite().all():
-            models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
-            for model in models:
-                model.float()
-            latents = paint_latents(pipeline, texts, rows, args).half()
-            for model in models:
-                model.to(dtype)
-        sound = latents.isfinite().flatten(1).all(1).tolist()
-        broken += sound.count(False)
-        if broken > 0.01 * len(captions):
-            raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
-        for text, mean, is_sound in zip(texts, latents, sound, strict=True):
-            if is_sound:
-                yield data.write_npy(torch.stack([mean, torch.zeros_like(mean)])[None].numpy()), {"captions": [text]}
-            else:
-                yield b"", {"captions": [], "fault": COUNTED[BROKEN_IMAGE]}
-
-    if shards:
-        for _ in range(2):  # the first batch compiles, or is slow otherwise
-            started = time.perf_counter()
-            paint_latents(pipeline, [""] * size, range(size), args)
-        seconds = (time.perf_counter() - started) * sum(math.ceil(len(rows) / size) for rows in shards.values())
-        logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
-    yield from write_latents(folder, shards, size, paint, "Painting", show)
+def paint_batch(
+    pipeline: StableDiffusionPipeline, captions: Sequence[str], rows: range, args: argparse.Namespace
+) -> Tensor:
+    """`paint_latents` in half precision; where they are not finite, made once more in float32."""
+    latents = paint_latents(pipeline, captions, rows, args).half()
+    if not latents.isfinite().all():
+        models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
+        for model in models:
+            model.float()
+        latents = paint_latents(pipeline, captions, rows, args).half()
+        for model in models:
+            model.to(dtype)
+    return latents
 
 
 def make_teacher_latents(
@@ -1647,21 +1556,44 @@ def make_teacher_latents(
     args: argparse.Namespace,
     accelerator: Accelerator,
 ) -> DistillationDataset:
-    """The samples with latents that the teacher makes of captions. Raises as `latents_rows` does."""
+    """The samples with latents that the teacher makes of captions. Raises as `latents_dataset` does.
 
-    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+    Latents that are not finite even in float32 count as broken images.
+    """
+
+    def paint(batches: list[range]) -> Iterator[tuple[bytes, dict[str, Any]]]:
         unet = freeze(components.teacher_unet, accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision])
         freeze(components.text_encoder, accelerator.device, unet.dtype)
         pipeline = sampling_pipeline(components, torch.compile(unet, dynamic=False) if args.compile else unet)
-        captions = choose_captions(args, len(pool))
-        yield from paint_shards(folder, shards, captions, pipeline, args, accelerator.is_main_process)
-        if args.compile:
-            torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
+        captions, size, broken = choose_captions(args, len(pool)), args.train_batch_size, 0
+        for _ in range(2):  # the first batch compiles, or is slow otherwise
+            started = time.perf_counter()
+            paint_latents(pipeline, [""] * size, range(size), args)
+        seconds = (time.perf_counter() - started) * len(batches)
+        logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
+        for rows in batches:
+            latents = paint_batch(pipeline, [captions[row] for row in rows], rows, args)
+            for row, mean in zip(rows, latents, strict=True):
+                if mean.isfinite().all():
+                    both = torch.stack([mean, torch.zeros_like(mean)])[None]
+                    yield data.write_npy(both.numpy()), {"captions": [captions[row]]}
+                    continue
+                broken += 1
+                if broken > 0.01 * len(captions):
+                    raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
+                yield b"", {"captions": [], "fault": COUNTED[BROKEN_IMAGE]}
 
-    facts = describe_teacher_latents(pool, components.vae, contents, args, accelerator.mixed_precision)
-    wanted = LatentShards(facts, args.teacher_latents, latents_shape(components.vae, args), make)
-    rows = latents_rows(wanted, args, accelerator)
-    return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
+    vae, precision = components.vae, accelerator.mixed_precision
+    names = ("teacher_latents", "teacher_latents_seed", "teacher_latents_steps", "teacher_latents_guidance_scale")
+    settings = {name: getattr(args, name) for name in (*names, "train_batch_size", "compile", "prediction_type")}
+    settings |= {name: value for name, value in contents.items() if name.startswith("teacher's")}
+    settings |= {"precision": precision, "captions": pool.fingerprint(), "rows_per_shard": LATENTS_PER_SHARD}
+    facts = {"maker": TEACHER_MADE, "vae": contents["teacher's VAE"], "scaling_factor": vae.config.scaling_factor}
+    facts |= {"resolution": args.resolution, "variants": 1, "crop": "none", "settings": settings}
+    painted = latents_dataset(LatentShards(facts, dataset, vae, paint), args, accelerator)
+    if args.compile:
+        torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
+    return painted
 
 
 # ----------------------------------------------------------------------------------------------------------------
