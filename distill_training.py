@@ -808,51 +808,50 @@ def load_latents(row: Mapping[str, Any], mirrors: bool, seed: int) -> dict[str, 
     return {"latent_mean": mean, "latent_std": std}
 
 
-def prepare_example(
-    row: Mapping[str, Any],
-    columns: tuple[str, str],
-    seed: int,
-    transform: Callable[[Image.Image], Tensor],
-    tokenizer: CLIPTokenizer | None,
-    proportion_empty_prompts: float,
-    mirrors: bool = False,
-    pool: "CaptionPool | None" = None,
-) -> dict[str, Any]:
-    """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
+class TrainingData:
+    """What both kinds of training data are: rows, and how an example is made of one."""
 
-    The caption, its dropout, that from the pool, the crop and the flip follow from `seed` alone. `mirrors` draws one
-    of two variants of latents. Without a tokenizer the example has all `captions`, and whether it was `enlarged`, for
-    shards of latents.
-    """
-    if {"latents", "fault"} <= row.keys():
-        example, enlarged = load_latents(row, mirrors, seed), row["enlarged"]
-    else:
-        pixel_values, enlarged = load_pixels(row[columns[0]], transform, seed)
-        example = {"pixel_values": pixel_values}
-    captions = usable_captions(row[columns[1]])
-    if not captions:
-        raise UnusableSample(EMPTY_CAPTION)
-    if tokenizer is None:
-        return {**example, "captions": captions, "enlarged": enlarged}
-    rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
-    counts[ENLARGED] = enlarged
-    caption = "" if rng.random() < proportion_empty_prompts else rng.choice(captions)
-    if pool is not None:  # where the caption is left empty, so is the one from the pool
-        example["pool_input_ids"] = pool[rng.randrange(len(pool))] if caption else None
-    return {**example, "caption": caption, "counts": counts}
+    def __init__(self, rows: Any, columns: tuple[str, str], seed: int, **prepare: Any) -> None:
+        self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
+        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
+
+    def prepare_example(self, row: Mapping[str, Any], *place: int) -> dict[str, Any]:
+        """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
+
+        The caption, its dropout, that from the pool, the crop and the flip follow from the seed and `place` alone.
+        `mirrors` draws one of two variants of latents. Without a tokenizer the example has all `captions`, and whether
+        it was `enlarged`, for shards of latents.
+        """
+        seed, prepare = derived_seed(self.seed, "sample", *place), self.prepare
+        if {"latents", "fault"} <= row.keys():
+            example, enlarged = load_latents(row, prepare["mirrors"], seed), row["enlarged"]
+        else:
+            pixel_values, enlarged = load_pixels(row[self.columns[0]], prepare["transform"], seed)
+            example = {"pixel_values": pixel_values}
+        captions = usable_captions(row[self.columns[1]])
+        if not captions:
+            raise UnusableSample(EMPTY_CAPTION)
+        if prepare["tokenizer"] is None:
+            return {**example, "captions": captions, "enlarged": enlarged}
+        rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
+        counts[ENLARGED] = enlarged
+        caption = "" if rng.random() < prepare["proportion_empty_prompts"] else rng.choice(captions)
+        if (pool := prepare.get("pool")) is not None:  # where the caption is left empty, so is the one from the pool
+            example["pool_input_ids"] = pool[rng.randrange(len(pool))] if caption else None
+        return {**example, "caption": caption, "counts": counts}
+
+    def tokenize(self, examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """The examples with `input_ids` (tokens,) for `caption`; many at once, which takes a third of the time."""
+        captions = [example.pop("caption") for example in examples]
+        rows = tokenize_captions(captions, self.prepare["tokenizer"], random.Random())
+        for example, input_ids in zip(examples, rows, strict=True):
+            example["input_ids"] = input_ids
+            if "pool_input_ids" in example and example["pool_input_ids"] is None:
+                example["pool_input_ids"] = input_ids
+        return examples
 
 
-def tokenize_examples(examples: list[dict[str, Any]], tokenizer: CLIPTokenizer) -> list[dict[str, Tensor]]:
-    """The examples with `input_ids` (tokens,) for `caption`; of a batch at once, which takes a third of the time."""
-    rows = tokenize_captions([example.pop("caption") for example in examples], tokenizer, random.Random())
-    for example, input_ids in zip(examples, rows, strict=True):
-        example["input_ids"] = input_ids
-        if "pool_input_ids" in example and example["pool_input_ids"] is None:
-            example["pool_input_ids"] = input_ids
-    return examples
-
-
-class DistillationDataset(Dataset):
+class DistillationDataset(TrainingData, Dataset):
     """Map-style training data. `dataset[i]` is row i in file order, `dataset[(epoch, i)]` the same as of `epoch`.
 
     An example has `pixel_values` (3, H, W) in [-1, 1], or `latent_mean` and `latent_std` (C, h, w) float16 of a row of
@@ -860,10 +859,6 @@ class DistillationDataset(Dataset):
     broken is replaced by the next good one in an order that follows from (seed, epoch, row); `UserError` is raised
     only where all are broken.
     """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], seed: int, **prepare: Any) -> None:
-        self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
-        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -873,7 +868,7 @@ class DistillationDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Tensor]]:
         """A batch, as `DataLoader` asks for it."""
-        return tokenize_examples([self._usable(key) for key in keys], self.prepare["tokenizer"])
+        return self.tokenize([self._usable(key) for key in keys])
 
     def _usable(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -891,9 +886,8 @@ class DistillationDataset(Dataset):
 
     def example(self, epoch: int, row: int) -> dict[str, Any]:
         """The example made of this very row in `epoch`, see `prepare_example`. Raises `UnusableSample`."""
-        seed = derived_seed(self.seed, "sample", epoch, row)
         try:
-            return prepare_example(self.rows[row], self.columns, seed, **self.prepare)
+            return self.prepare_example(self.rows[row], epoch, row)
         except OSError:  # a shard that vanished in mid-run
             raise UnusableSample(UNREADABLE) from None
 
@@ -907,7 +901,7 @@ class DistillationDataset(Dataset):
         yield from ((index + stride * step) % size for step in range(1, size))
 
 
-class StreamingDataset(IterableDataset):
+class StreamingDataset(TrainingData, IterableDataset):
     """Training data read from the hub as it goes, without end: epoch follows epoch.
 
     The place of a row in the stream is its number. A broken row's place is taken by the next good one, so that
@@ -918,8 +912,8 @@ class StreamingDataset(IterableDataset):
     def __init__(
         self, rows: datasets.IterableDataset, columns: tuple[str, str], seed: int, rank: int, **prepare: Any
     ) -> None:
-        self.rows, self.columns, self.seed, self.rank, self.prepare = rows, columns, seed, rank, prepare
-        self.shuffled = False
+        super().__init__(rows, columns, seed, **prepare)
+        self.rank, self.shuffled = rank, False
         self.skip = 0  # rows that every worker reads past
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -933,10 +927,8 @@ class StreamingDataset(IterableDataset):
                 if to_skip > 0:
                     to_skip -= 1
                     continue
-                seed = derived_seed(self.seed, "sample", epoch, position, self.rank, worker)
                 try:
-                    example = prepare_example(row, self.columns, seed, **self.prepare)
-                    example = tokenize_examples([example], self.prepare["tokenizer"])[0]
+                    (example,) = self.tokenize([self.prepare_example(row, epoch, position, self.rank, worker)])
                 except UnusableSample as unusable:
                     counts[unusable.args[0]] += 1
                     vacant += 1
@@ -1002,7 +994,7 @@ def describe_counts(counts: Tensor) -> str:
     return f"{broken} with a broken image, {empty} with an empty caption, {unreadable} that could not be read"
 
 
-def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, processes: int) -> str:
+def data_fingerprint(dataset: TrainingData, args: argparse.Namespace, processes: int) -> str:
     """What tells whether a resumed run has the same samples in the same order, wherever they now lie.
 
     The number of samples with a digest of 256 of them, evenly spread, and of all sizes where those are at hand.
@@ -1058,9 +1050,17 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
                 rows = rows["train"]
             rows = rows.to_iterable_dataset() if args.streaming else rows
         else:
-            settings = {"split": "train", "cache_dir": args.cache_dir, "streaming": args.streaming}
-            rows = datasets.load_dataset(source, args.dataset_config_name, **settings)
-            if unread := files_of_other_splits(args):
+            builder = datasets.load_dataset_builder(source, args.dataset_config_name, cache_dir=args.cache_dir)
+            if args.streaming:
+                rows = builder.as_streaming_dataset(split="train")
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split="train")
+            used = {os.path.realpath(file) for file in (builder.config.data_files or {}).get("train", ())}
+            kinds = {os.path.splitext(file)[1] for file in used}  # what is like them, in another split or none
+            names = sorted(data.files_below(folder)) if folder.is_dir() else []
+            alike = [name for name in names if os.path.splitext(name)[1] in kinds]
+            if unread := [name for name in alike if os.path.realpath(folder / name) not in used]:
                 split = f"{len(unread)} files of {source} are not in its split train"
                 logger.warning(f"Training data: {split}, {unread[0]} among them: they are not read.")
         if rows.features is None:  # a stream of a format without a schema: its first rows tell
@@ -1089,17 +1089,6 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
         raise UserError(f"--image_column {args.image_column} holds {images}; images are needed.") from error
 
 
-def files_of_other_splits(args: argparse.Namespace) -> list[str]:
-    """Files in the folder --dataset_name that are like those of its split train, and in another split or none."""
-    if not Path(args.dataset_name).is_dir():
-        return []
-    builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    used = {os.path.realpath(file) for file in (builder.config.data_files or {}).get("train", ())}
-    kinds = {os.path.splitext(file)[1] for file in used}
-    names = sorted(name for name in data.files_below(Path(args.dataset_name)) if os.path.splitext(name)[1] in kinds)
-    return [name for name in names if os.path.realpath(os.path.join(args.dataset_name, name)) not in used]
-
-
 def is_parquet(path: Path) -> bool:
     """Whether a file is a whole parquet file, by what stands at its end."""
     with suppress(OSError, ValueError):
@@ -1107,9 +1096,7 @@ def is_parquet(path: Path) -> bool:
     return False
 
 
-def make_train_dataset(
-    args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
-) -> DistillationDataset | StreamingDataset:
+def make_train_dataset(args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator) -> TrainingData:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
     if args.random_conditioning and not args.proportion_empty_prompts:
         logger.warning("--random_conditioning without --proportion_empty_prompts: guidance needs empty captions too.")
@@ -1151,7 +1138,7 @@ def make_train_dataset(
 
 
 def make_dataloader(
-    dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, accelerator: Accelerator, first: int
+    dataset: TrainingData, args: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[dict[str, Tensor]]:
     """Endless shuffled micro-batches of this process, from micro-batch number `first` (per process) on."""
     workers, discard, size = args.dataloader_num_workers, 0, args.train_batch_size
@@ -1217,9 +1204,7 @@ class CaptionPool(Sequence):
         return f"{len(self)} captions ({hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()})"
 
 
-def pool_captions(
-    args: argparse.Namespace, dataset: DistillationDataset | StreamingDataset
-) -> tuple[Iterator[Any], str]:
+def pool_captions(args: argparse.Namespace, dataset: TrainingData) -> tuple[Iterator[Any], str]:
     """The texts of --caption_pool, or of the data, in order, and what tells whether they are the same again."""
     if args.caption_pool is not None:
         settings = Path(args.caption_pool), args.caption_column, args.caption_extension
@@ -1232,7 +1217,7 @@ def pool_captions(
 
 def make_caption_pool(
     args: argparse.Namespace,
-    dataset: DistillationDataset | StreamingDataset,
+    dataset: TrainingData,
     tokenizer: CLIPTokenizer,
     accelerator: Accelerator,
 ) -> CaptionPool | None:
@@ -1265,12 +1250,10 @@ def choose_captions(args: argparse.Namespace, size: int) -> list[str]:
     """The texts of --teacher_latents captions of a pool of `size`, drawn by --teacher_latents_seed, in their order."""
     generator = torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "captions"))
     chosen = torch.randperm(size, generator=generator)[: args.teacher_latents].tolist()
-    wanted, texts = set(chosen), {}
+    wanted = set(chosen)
     pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
-    usable = (caption for text in pool for caption in usable_captions(text))
-    for number, caption in enumerate(usable):
-        if number in wanted:
-            texts[number] = caption
+    usable = enumerate(caption for text in pool for caption in usable_captions(text))
+    texts = {number: caption for number, caption in usable if number in wanted}
     return [texts[number] for number in chosen]
 
 
@@ -2792,26 +2775,19 @@ REFUSED_FLAGS = {
 }
 
 
-class RefusedFlag(argparse.Action):
-    """Takes a flag that other training scripts have, to answer with its replacement."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        namespace.refused = [*getattr(namespace, "refused", []), f"{option_string} {REFUSED_FLAGS[option_string]}."]
-
-
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """The settings of a run. Every mistake that the flags alone show is printed, and the exit code is 2."""
     usage = "accelerate launch distill_training.py --pretrained_model_name_or_path MODEL [options]"
     given = sys.argv[1:] if input_args is None else input_args
-    if any(word.partition("=")[0] == "--export_from" for word in given):
+    names = [word.partition("=")[0] for word in given]
+    if "--export_from" in names:
         return parse_export(given)
     parser = data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage)
-    parser.set_defaults(refused=[])
     for name in REFUSED_FLAGS:
-        parser.add_argument(name, action=RefusedFlag, nargs="?", dest="refused", help=argparse.SUPPRESS)
-    args = parser.parse_args(input_args)
+        parser.add_argument(name, nargs="?", dest="refused", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
     try:
-        problems = args.refused + validate_args(args)
+        problems = [f"{name} {REFUSED_FLAGS[name]}." for name in names if name in REFUSED_FLAGS] + validate_args(args)
     except OSError as error:  # such as a name that is too long, in whatever flag
         problems = [f"A path cannot be used: {error}."]
     del args.refused
@@ -3009,7 +2985,7 @@ ENGINE_REFUSED = (
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate as a run needs it. Raises `UserError` for what it is configured for and cannot be had."""
+    """accelerate as a run needs it. Raises `UserError` for what cannot be had, a tracker without a login among it."""
     name, flag = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps
     accelerator = Accelerator(
         gradient_accumulation_plugin=accelerate_utils.GradientAccumulationPlugin(num_steps=flag),  # over the variable
@@ -3036,6 +3012,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise UserError(f"--mixed_precision must be one of {known}; accelerate is configured for {precision}.")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: choose bf16 or no on a CPU.")
+    if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
+        data.check_wandb("--report_to wandb")
     return accelerator
 
 
@@ -3069,13 +3047,6 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) ->
 def check_schedule(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Raise `UserError` for a schedule that its library refuses."""
     make_schedule(args, torch.optim.SGD([torch.zeros(1)], peak_learning_rate(args, accelerator)))
-
-
-def check_libraries(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Raise `UserError` for what only the libraries know: a schedule that they refuse, a tracker without a login."""
-    check_schedule(args, accelerator)
-    if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
-        data.check_wandb("--report_to wandb")
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -3184,9 +3155,7 @@ def read_health(run: Distillation, metrics: MetricLog, wait: bool) -> None:
             raise TrainingError(f"{stopped} ({broken}; --max_bad_steps {limit}); {run.health.where_to_resume()}.")
 
 
-def train(
-    run: Distillation, dataset: DistillationDataset | StreamingDataset
-) -> tuple[dict[str, float], Tensor, float]:
+def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], Tensor, float]:
     """The training loop: the last metrics (see `MetricLog.means`), `counts`, and steps per second.
 
     It ends early where `run.health` has a signal to stop. Raises `TrainingError` where too many steps are skipped.
@@ -3337,7 +3306,7 @@ def main(args: argparse.Namespace) -> None:
     accelerate_utils.set_seed(args.seed)
 
     # 3. What is read before any weights: configs, tokenizer, data; and the repository that is uploaded to.
-    check_libraries(args, accelerator)
+    check_schedule(args, accelerator)
     teacher_config = check_teacher(args)
     tokenizer = load_component(CLIPTokenizer, args, subfolder="tokenizer")
     check_text_encoder(args, tokenizer, teacher_config)
