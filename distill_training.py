@@ -183,10 +183,10 @@ def check_prunable(teacher_config: Mapping[str, Any]) -> None:
         raise UserError(f"The teacher's U-Net {kin}; only Stable Diffusion 1.x and 2.x can be distilled.")
     layers = config["layers_per_block"]
     if any(count != 2 for count in (layers if isinstance(layers, (list, tuple)) else [layers])):
-        raise UserError(
-            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned, "
-            "so name it with --student_model_name_or_path and its own teacher with --pretrained_model_name_or_path."
+        pruned = (
+            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned"
         )
+        raise UserError(f"{pruned}, so name it with --{STUDENT} and its own teacher with --{TEACHER}.")
     expected = _complete_unet_config({})  # the library's defaults are Stable Diffusion's
     for key in ("down_block_types", "mid_block_type", "up_block_types"):
         found, value = (
@@ -231,8 +231,7 @@ def teacher_key(student_key: str, level: str) -> str:
     match = re.fullmatch(r"up_blocks\.(\d+)\.(.*)", student_key)
     if match is None:
         return student_key
-    block, rest = int(match[1]), match[2]
-    rest = re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", rest)
+    block, rest = int(match[1]), re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", match[2])
     return f"up_blocks.{block + DISTILL_LEVELS[level].removed_levels}.{rest}"
 
 
@@ -714,7 +713,7 @@ def derived_seed(*parts: int | str) -> int:
 
 def image_transforms(
     resolution: int, center_crop: bool, random_flip: bool, interpolation: str = "lanczos"
-) -> Callable[[Image.Image], Tensor]:
+) -> v2.Compose:
     """Image to a float32 tensor (3, resolution, resolution) in [-1, 1]; draws from torch's global generator.
 
     The shorter side is resized to `resolution` pixels, then the image is cropped, at random or in the centre.
@@ -884,9 +883,7 @@ class StreamingDataset(TrainingData, IterableDataset):
     worker its own part of that.
     """
 
-    def __init__(
-        self, rows: datasets.IterableDataset, columns: tuple[str, str], seed: int, rank: int, **prepare: Any
-    ) -> None:
+    def __init__(self, rows: Any, columns: tuple[str, str], seed: int, rank: int, **prepare: Any) -> None:
         super().__init__(rows, columns, seed, **prepare)
         self.rank, self.shuffled = rank, False
         self.skip = 0  # rows that every worker reads past
@@ -1266,13 +1263,13 @@ class RowsToEncode(DistillationDataset):
     """Rows as they are of epoch 0, with all captions. One that cannot be used says why, under `fault`."""
 
     def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]:
-        return [self._record(row) for row in keys]
-
-    def _record(self, row: int) -> dict[str, Any]:
-        try:
-            return self.example(0, row)
-        except UnusableSample as unusable:
-            return {"captions": [], "fault": COUNTED[unusable.args[0]]}
+        records: list[dict[str, Any]] = []
+        for row in keys:
+            try:
+                records.append(self.example(0, row))
+            except UnusableSample as unusable:
+                records.append({"captions": [], "fault": COUNTED[unusable.args[0]]})
+        return records
 
 
 @dataclass
@@ -1423,9 +1420,8 @@ def encode_batch(
         variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
         latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
         if not latents.isfinite().all():
-            raise TrainingError(
-                f"Latents of an image among samples {rows[0]} to {rows[-1]} are not finite in float16."
-            )
+            place = f"among samples {rows[0]} to {rows[-1]}"
+            raise TrainingError(f"Latents of an image {place} are not finite in float16.")
         latents = iter(latents[: len(images)].cpu().numpy())
     for row, example in zip(rows, examples, strict=True):
         if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
@@ -1438,9 +1434,8 @@ def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusio
     """The pipeline with this U-Net and DPM-Solver++, which makes images and the teacher's latents."""
     config = components.noise_scheduler.config
     scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
-    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler)
+    parts = components.vae, components.text_encoder, components.tokenizer, unet, scheduler
+    pipeline = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # no checker, no extractor
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -1465,19 +1460,6 @@ def paint_latents(pipeline: StableDiffusionPipeline, captions: Sequence[str], ro
     return painted.float().cpu() / pipeline.vae.config.scaling_factor
 
 
-def paint_batch(pipeline: StableDiffusionPipeline, captions: Sequence[str], rows: range, args: Namespace) -> Tensor:
-    """`paint_latents` in half precision; where they are not finite, made once more in float32."""
-    latents = paint_latents(pipeline, captions, rows, args).half()
-    if not latents.isfinite().all():
-        models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
-        for model in models:
-            model.float()
-        latents = paint_latents(pipeline, captions, rows, args).half()
-        for model in models:
-            model.to(dtype)
-    return latents
-
-
 def make_teacher_latents(
     dataset: DistillationDataset,
     pool: CaptionPool,
@@ -1488,7 +1470,7 @@ def make_teacher_latents(
 ) -> DistillationDataset:
     """The samples with latents that the teacher makes of captions. Raises as `latents_dataset` does.
 
-    Latents that are not finite even in float32 count as broken images.
+    Latents that are not finite are made once more in float32, and count as broken images where that does not help.
     """
 
     def paint(batches: list[range]) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -1502,11 +1484,19 @@ def make_teacher_latents(
         seconds = (time.perf_counter() - started) * len(batches)
         logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
         for rows in batches:
-            latents = paint_batch(pipeline, [captions[row] for row in rows], rows, args)
-            for row, mean in zip(rows, latents, strict=True):
+            texts = [captions[row] for row in rows]
+            latents = paint_latents(pipeline, texts, rows, args).half()
+            if not latents.isfinite().all():
+                models, dtype = (pipeline.unet, pipeline.text_encoder), unet.dtype
+                for model in models:
+                    model.float()
+                latents = paint_latents(pipeline, texts, rows, args).half()
+                for model in models:
+                    model.to(dtype)
+            for text, mean in zip(texts, latents, strict=True):
                 if mean.isfinite().all():
                     both = torch.stack([mean, torch.zeros_like(mean)])[None]
-                    yield data.write_npy(both.numpy()), {"captions": [captions[row]]}
+                    yield data.write_npy(both.numpy()), {"captions": [text]}
                     continue
                 broken += 1
                 if broken > 0.01 * len(captions):
@@ -1559,12 +1549,11 @@ def load_component(component: type, args: Namespace, flag: str = TEACHER, **kwar
         loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # absent, not reachable, cut short, of another class, ...
         raise UserError(loading_error("loaded", flag, source, error, part_name)) from error
-    if not issubclass(component, nn.Module):
-        return loaded
-    model, info = loaded
-    if missing := info["missing_keys"]:
-        raise UserError(f"--{flag} {source}: {len(missing)} tensors are missing from its {component.__name__}.")
-    return model
+    if issubclass(component, nn.Module):
+        loaded, info = loaded
+        if missing := info["missing_keys"]:
+            raise UserError(f"--{flag} {source}: {len(missing)} tensors are missing from its {component.__name__}.")
+    return loaded
 
 
 def model_folder(source: str | Path, cache_dir: str | None, revision: str | None = None) -> Path | None:
@@ -1774,9 +1763,8 @@ def load_components(
     if prunes:
         unet = build_student(teacher_unet, args.distill_level)
     else:
-        student_config = load_config(UNet2DConditionModel, args, STUDENT, subfolder="unet")
-        check_student(student_config, teacher_config, args.distill_level)
         unet = load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet")
+        check_student(unet.config, teacher_config, args.distill_level)
     teacher_unet = teacher_unet if distils or args.teacher_latents else None
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # All but the U-Net is read as the index says, as it will be when the result is loaded back: that must not fail
@@ -2001,8 +1989,7 @@ def read_trainer_state(checkpoint: Path, args: Namespace) -> RunState:
         raise UserError(f"{checkpoint}/{STATE_FILE} cannot be read ({first_line(error)}).") from None
     if missing:
         raise UserError(f"{checkpoint}/{STATE_FILE} lacks {', '.join(sorted(missing))}: it is not this script's.")
-    names = [entry.name for entry in dataclasses.fields(RunState)]
-    state = RunState(**{name: saved[name] for name in names if name in saved})
+    state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
     if "sound_steps" not in saved:  # they were not counted once
         state.sound_steps = state.global_step - state.skipped_steps
     if args.max_train_steps is not None and state.global_step > args.max_train_steps:
@@ -2077,8 +2064,7 @@ def load_checkpoint(run: Distillation, checkpoint: Path, learning_rate: float) -
     To be called by every process. Raises `UserError` where it is damaged.
     """
     args, accelerator, optimizer, schedule = run.args, run.accelerator, run.optimizer, run.lr_scheduler.scheduler
-    (group,) = optimizer.param_groups
-    of_the_flags = {key: value for key, value in group.items() if key != "params"}
+    of_the_flags = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     saved = json.loads((checkpoint / STATE_FILE).read_text())["settings"]
     parts = {"unet_ema": saved.get("use_ema"), accelerate_utils.SCALER_NAME: saved.get("mixed_precision") == "fp16"}
     if missing := [name for name, there in parts.items() if there and not (checkpoint / name).exists()]:
@@ -2204,40 +2190,14 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
     settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25}
     settings |= {"guidance_scale": args.validation_guidance_scale, "callback_on_step_end": look_for_signals}
     images: list[Image.Image] = []
-    for prompt in args.validation_prompts:
-        for _ in range(args.num_validation_images):
-            if run.health.received:
-                raise ImagesGivenUp
-            seed = derived_seed(args.seed, "validation", len(images))
-            generator = torch.Generator(accelerator.device).manual_seed(seed)
-            with torch.no_grad(), accelerator.autocast():
-                images += pipeline(prompt, generator=generator, **settings).images
+    for prompt in (prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)):
+        if run.health.received:
+            raise ImagesGivenUp
+        seed = derived_seed(args.seed, "validation", len(images))
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        with torch.no_grad(), accelerator.autocast():
+            images += pipeline(prompt, generator=generator, **settings).images
     return images
-
-
-def log_validation(run: Distillation, teacher_images: Sequence[Image.Image] = ()) -> None:
-    """Make the validation images with the student, below the teacher's of the same noise where given.
-
-    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes images. For the main process
-    alone.
-    """
-    args, step = run.args, run.state.global_step
-    logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images")
-    images = generate_images(run, run.unet)
-    columns = min(len(images), 8)
-    rows = []
-    for start in range(0, len(images), columns):
-        for part in (teacher_images[start : start + columns], images[start : start + columns]):
-            blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
-            rows += [*part, *blanks] if part else []
-    grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
-    path = Path(args.output_dir) / "validation" / f"step-{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
 
 
 def make_teacher_images(run: Distillation) -> list[Image.Image]:
@@ -2249,16 +2209,34 @@ def make_teacher_images(run: Distillation) -> list[Image.Image]:
 
 
 def validate(run: Distillation, teacher_images: Sequence[Image.Image]) -> None:
-    """`log_validation` of the student as it would be saved now, in the main process while the others wait."""
-    ema_unet, unet = run.ema_unet, run.unet
+    """Make images with the student as it would be saved now, below the teacher's of the same noise where given.
+
+    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes images. The main process makes
+    them while the others wait.
+    """
+    args, step, ema_unet, unet = run.args, run.state.global_step, run.ema_unet, run.unet
     if run.accelerator.is_main_process:
+        logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images")
         if ema_unet is not None:
             ema_unet.join()
             ema_unet.store(unet.parameters())
             ema_unet.copy_to(unet.parameters())
         unet.eval()
         with making_images(run):
-            log_validation(run, teacher_images)
+            images = generate_images(run, unet)
+            columns, rows = min(len(images), 8), []
+            for start in range(0, len(images), columns):
+                for part in (teacher_images[start : start + columns], images[start : start + columns]):
+                    blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
+                    rows += [*part, *blanks] if part else []
+            grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
+            path = Path(args.output_dir) / "validation" / f"step-{step}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            for tracker in run.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
         unet.train()
         if ema_unet is not None:
             ema_unet.restore(unet.parameters())
@@ -2584,7 +2562,7 @@ INTERPOLATIONS = [mode.name.lower() for mode in InterpolationMode]
 SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 TASK_WEIGHT = "Weight of the task term; default: 1, of latents that the teacher made 0."
 EMPTY_PROMPTS = "Share of captions left empty; 0 only for use without guidance."
-SEEDS = data.Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+SEEDS = data.between(0, 2**32 - 1)
 
 FLAG_GROUPS: dict[str, list[Flag]] = {
     "models": [
@@ -2958,8 +2936,6 @@ def check_schedule(args: Namespace, accelerator: Accelerator) -> None:
 
 def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
     """Start --report_to's trackers, if any. Raises `UserError` where one cannot be started."""
-    if args.report_to == "none":
-        return
     config = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
     try:
         accelerator.init_trackers(args.tracker_project_name, config=config)
@@ -2990,11 +2966,10 @@ def make_run(
             model.to(memory_format=torch.channels_last)  # 8-bit Adam's first step would put the student back
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # 2. EMA, optimiser and schedule.
+    # 2. EMA and optimiser.
     ema_unet = StudentEMA(unet, args.ema_decay, args.offload_ema) if args.use_ema else None
     learning_rate, steps = peak_learning_rate(args, accelerator), args.max_train_steps
     optimizer = make_optimizer(args, unet, learning_rate)
-    lr_scheduler = make_schedule(args, optimizer)
     # 3. Feature taps, before the first call of either U-Net; then compile, in place, which leaves names as they are.
     student_tap = teacher_tap = None
     if args.feature_weight > 0:
@@ -3009,8 +2984,8 @@ def make_run(
         for model in filter(None, (vae.encoder if encodes else None, unet, teacher_unet)):
             model.compile(dynamic=False)  # shapes kept apart: from block to block they differ
         loss_function = torch.compile(distillation_loss, dynamic=False)
-    # 4. Prepare, and resume.
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    # 4. The schedule; prepare, and resume.
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, make_schedule(args, optimizer))
     save_hook, load_hook = checkpoint_hooks(accelerator, ema_unet)
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
@@ -3128,10 +3103,8 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     args, accelerator, output_dir, state = run.args, run.accelerator, Path(run.args.output_dir), run.state
     if state.global_step > 0 and state.sound_steps == 0:
         advice = " Train longer, or in bf16." if state.scaler_skips else ""
-        raise TrainingError(
-            f"None of the {state.global_step} steps was sound ({state.scaler_skips} skipped by the loss scaler): the "
-            f"student is as it was pruned, and nothing is saved.{advice}"
-        )
+        none = f"None of the {state.global_step} steps was sound ({state.scaler_skips} skipped by the loss scaler)"
+        raise TrainingError(f"{none}: the student is as it was pruned, and nothing is saved.{advice}")
     check_finite(run.unet, run.health)
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False, keep_torch_compile=False)
@@ -3169,12 +3142,8 @@ def make_hub_repo(args: Namespace, accelerator: Accelerator) -> str:
 def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the pipeline, its card and its exports, and nothing else of the output folder."""
     index = json.loads((Path(args.output_dir) / "model_index.json").read_text())
-    written = [
-        "README.md",
-        "val_imgs_grid.png",
-        "model_index.json",
-        *(f"{name}/*" for name in index if name[0] != "_"),
-    ]
+    parts = [f"{name}/*" for name in index if name[0] != "_"]
+    written = ["README.md", "val_imgs_grid.png", "model_index.json", *parts]
     if "single_file" in (args.export or ()):
         written.append(f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors")
     upload = {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
@@ -3226,10 +3195,9 @@ def main(args: Namespace) -> None:
 
     # 4. The models, and whether data and teacher are those that the checkpoint was made with.
     components = load_components(args, teacher_config, tokenizer, noise_scheduler)
-    unet, vae = components.unet, components.vae
     with torch.device("meta"):
         of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
-    of_student = count_parameters(unet)
+    of_student, vae = count_parameters(components.unet), components.vae
     latents = getattr(dataset.rows, "latents", None)
     pool = make_caption_pool(args, dataset, tokenizer, accelerator)
     contents = describe_contents(dataset, pool, components, teacher_config, args, accelerator.num_processes)
