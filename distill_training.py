@@ -33,7 +33,6 @@ On a CPU, in minutes:
         --train_data_dir tests/shapes/train --resolution 64 --max_train_steps 100 --output_dir tiny-shapes
 """
 
-import argparse
 import dataclasses
 import errno
 import functools
@@ -53,6 +52,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import SUPPRESS, Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -63,6 +63,7 @@ from typing import Any
 
 import datasets
 import diffusers
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -72,7 +73,6 @@ from accelerate import Accelerator, PartialState
 from accelerate import utils as accelerate_utils
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import broadcast_object_list
 from datasets.distributed import split_dataset_by_node
 from datasets.utils.file_utils import xopen
 from diffusers import (
@@ -88,14 +88,6 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import (
-    ModelCard,
-    ModelCardData,
-    create_repo,
-    list_repo_files,
-    try_to_load_from_cache,
-    upload_folder,
-)
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -170,24 +162,16 @@ DISTILL_LEVELS: dict[str, DistillLevel] = {
 
 # Entries of a U-Net config that may hold one value per resolution, outermost first.
 PER_LEVEL_KEYS = (
-    "block_out_channels",
-    "down_block_types",
-    "attention_head_dim",
-    "num_attention_heads",
-    "cross_attention_dim",
-    "only_cross_attention",
-    "transformer_layers_per_block",
-)
+    "block_out_channels down_block_types attention_head_dim num_attention_heads cross_attention_dim "
+    "only_cross_attention transformer_layers_per_block"
+).split()
 
 
 def _complete_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     # Published configs leave keys out. `from_pretrained` notes those in the hidden `_use_default_values`, and
     # `from_config` then ignores what one sets for them, so every default is spelled out, and all other keys go.
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+    defaults = {name: each.default for name, each in parameters if each.default is not each.empty}
     return defaults | {key: value for key, value in config.items() if key in defaults}
 
 
@@ -199,17 +183,15 @@ def check_prunable(teacher_config: Mapping[str, Any]) -> None:
         raise UserError(f"The teacher's U-Net {kin}; only Stable Diffusion 1.x and 2.x can be distilled.")
     layers = config["layers_per_block"]
     if any(count != 2 for count in (layers if isinstance(layers, (list, tuple)) else [layers])):
-        raise UserError(
-            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned, "
-            "so name it with --student_model_name_or_path and its own teacher with --pretrained_model_name_or_path."
+        pruned = (
+            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned"
         )
-    expected = {
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    }
-    for key, value in expected.items():
-        found = list(config[key]) if isinstance(config[key], (list, tuple)) else config[key]
+        raise UserError(f"{pruned}, so name it with --{STUDENT} and its own teacher with --{TEACHER}.")
+    expected = _complete_unet_config({})  # the library's defaults are Stable Diffusion's
+    for key in ("down_block_types", "mid_block_type", "up_block_types"):
+        found, value = (
+            list(each) if isinstance(each, (list, tuple)) else each for each in (config[key], expected[key])
+        )
         if found != value:
             raise UserError(
                 f"The teacher's U-Net has {key}={found}; that of Stable Diffusion 1.x and 2.x has {value}."
@@ -249,8 +231,7 @@ def teacher_key(student_key: str, level: str) -> str:
     match = re.fullmatch(r"up_blocks\.(\d+)\.(.*)", student_key)
     if match is None:
         return student_key
-    block, rest = int(match[1]), match[2]
-    rest = re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", rest)
+    block, rest = int(match[1]), re.sub(r"^(resnets|attentions)\.1\.", r"\1.2.", match[2])
     return f"up_blocks.{block + DISTILL_LEVELS[level].removed_levels}.{rest}"
 
 
@@ -306,16 +287,13 @@ class FeatureTap:
         self.enabled = True
         self._features: list[Tensor | None] = [None] * len(self.names)  # filled from the start: one compiled graph
         self._handles = [
-            model.get_submodule(name).register_forward_hook(self._make_hook(slot))
+            model.get_submodule(name).register_forward_hook(functools.partial(self._keep, slot))
             for slot, name in enumerate(self.names)
         ]
 
-    def _make_hook(self, slot: int) -> Callable[..., None]:
-        def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-            if self.enabled:  # down blocks also return their skip connections, after the hidden states
-                self._features[slot] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+    def _keep(self, slot: int, _module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+        if self.enabled:  # down blocks also return their skip connections, after the hidden states
+            self._features[slot] = output[0] if isinstance(output, tuple) else output
 
     def pop(self) -> list[Tensor]:
         """The captured tensors in the order of `names`; they are forgotten here, which frees their memory.
@@ -377,9 +355,7 @@ def distillation_loss(
     else:
         errors = F.mse_loss(student_pred, target.float(), reduction="none").mean((1, 2, 3))
         task_loss = (errors * ~swapped).mean()
-    output_loss = (
-        torch.zeros_like(task_loss) if teacher_pred is None else F.mse_loss(student_pred, teacher_pred.float())
-    )
+    output_loss = task_loss.new_zeros(()) if teacher_pred is None else F.mse_loss(student_pred, teacher_pred.float())
     pair_losses = []
     for student_feature, teacher_feature in zip(student_features, teacher_features, strict=True):
         if student_feature.shape != teacher_feature.shape:  # mse_loss would broadcast, with a mere warning
@@ -435,7 +411,7 @@ class Components:
 class Distillation(Components):
     """All that a training step works with. The taps are None where no loss term needs them."""
 
-    args: argparse.Namespace
+    args: Namespace
     accelerator: Accelerator
     state: RunState
     health: "StepHealth"
@@ -520,8 +496,7 @@ def training_step(run: Distillation, batch: Mapping[str, Tensor], micro_batch: i
         accelerator.backward(losses["loss"])
         run.window_loss = run.window_loss + losses["loss"].detach()
         grad_norm = optimizer_step(run) if accelerator.sync_gradients else None
-    scalars = torch.stack([losses[name] for name in ("loss", "task_loss", "output_loss", "feature_loss")])
-    return torch.cat([scalars, losses["feature_losses"]]).detach(), grad_norm
+    return torch.cat([term.reshape(-1) for term in losses.values()]).detach(), grad_norm
 
 
 def optimizer_step(run: Distillation) -> Tensor:
@@ -738,7 +713,7 @@ def derived_seed(*parts: int | str) -> int:
 
 def image_transforms(
     resolution: int, center_crop: bool, random_flip: bool, interpolation: str = "lanczos"
-) -> Callable[[Image.Image], Tensor]:
+) -> v2.Compose:
     """Image to a float32 tensor (3, resolution, resolution) in [-1, 1]; draws from torch's global generator.
 
     The shorter side is resized to `resolution` pixels, then the image is cropped, at random or in the centre.
@@ -808,51 +783,50 @@ def load_latents(row: Mapping[str, Any], mirrors: bool, seed: int) -> dict[str, 
     return {"latent_mean": mean, "latent_std": std}
 
 
-def prepare_example(
-    row: Mapping[str, Any],
-    columns: tuple[str, str],
-    seed: int,
-    transform: Callable[[Image.Image], Tensor],
-    tokenizer: CLIPTokenizer | None,
-    proportion_empty_prompts: float,
-    mirrors: bool = False,
-    pool: "CaptionPool | None" = None,
-) -> dict[str, Any]:
-    """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
+class TrainingData:
+    """What both kinds of training data are: rows, and how an example is made of one."""
 
-    The caption, its dropout, that from the pool, the crop and the flip follow from `seed` alone. `mirrors` draws one
-    of two variants of latents. Without a tokenizer the example has all `captions`, and whether it was `enlarged`, for
-    shards of latents.
-    """
-    if {"latents", "fault"} <= row.keys():
-        example, enlarged = load_latents(row, mirrors, seed), row["enlarged"]
-    else:
-        pixel_values, enlarged = load_pixels(row[columns[0]], transform, seed)
-        example = {"pixel_values": pixel_values}
-    captions = usable_captions(row[columns[1]])
-    if not captions:
-        raise UnusableSample(EMPTY_CAPTION)
-    if tokenizer is None:
-        return {**example, "captions": captions, "enlarged": enlarged}
-    rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
-    counts[ENLARGED] = enlarged
-    caption = "" if rng.random() < proportion_empty_prompts else rng.choice(captions)
-    if pool is not None:  # where the caption is left empty, so is the one from the pool
-        example["pool_input_ids"] = pool[rng.randrange(len(pool))] if caption else None
-    return {**example, "caption": caption, "counts": counts}
+    def __init__(self, rows: Any, columns: tuple[str, str], seed: int, **prepare: Any) -> None:
+        self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
+        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
+
+    def prepare_example(self, row: Mapping[str, Any], *place: int) -> dict[str, Any]:
+        """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
+
+        The caption, its dropout, that from the pool, the crop and the flip follow from the seed and `place` alone.
+        `mirrors` draws one of two variants of latents. Without a tokenizer the example has all `captions`, and whether
+        it was `enlarged`, for shards of latents.
+        """
+        seed, prepare = derived_seed(self.seed, "sample", *place), self.prepare
+        if {"latents", "fault"} <= row.keys():
+            example, enlarged = load_latents(row, prepare["mirrors"], seed), row["enlarged"]
+        else:
+            pixel_values, enlarged = load_pixels(row[self.columns[0]], prepare["transform"], seed)
+            example = {"pixel_values": pixel_values}
+        captions = usable_captions(row[self.columns[1]])
+        if not captions:
+            raise UnusableSample(EMPTY_CAPTION)
+        if prepare["tokenizer"] is None:
+            return {**example, "captions": captions, "enlarged": enlarged}
+        rng, counts = random.Random(seed), torch.zeros(len(COUNTED), dtype=torch.int64)
+        counts[ENLARGED] = enlarged
+        caption = "" if rng.random() < prepare["proportion_empty_prompts"] else rng.choice(captions)
+        if (pool := prepare.get("pool")) is not None:  # where the caption is left empty, so is the one from the pool
+            example["pool_input_ids"] = pool[rng.randrange(len(pool))] if caption else None
+        return {**example, "caption": caption, "counts": counts}
+
+    def tokenize(self, examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """The examples with `input_ids` (tokens,) for `caption`; many at once, which takes a third of the time."""
+        captions = [example.pop("caption") for example in examples]
+        rows = tokenize_captions(captions, self.prepare["tokenizer"], random.Random())
+        for example, input_ids in zip(examples, rows, strict=True):
+            example["input_ids"] = input_ids
+            if "pool_input_ids" in example and example["pool_input_ids"] is None:
+                example["pool_input_ids"] = input_ids
+        return examples
 
 
-def tokenize_examples(examples: list[dict[str, Any]], tokenizer: CLIPTokenizer) -> list[dict[str, Tensor]]:
-    """The examples with `input_ids` (tokens,) for `caption`; of a batch at once, which takes a third of the time."""
-    rows = tokenize_captions([example.pop("caption") for example in examples], tokenizer, random.Random())
-    for example, input_ids in zip(examples, rows, strict=True):
-        example["input_ids"] = input_ids
-        if "pool_input_ids" in example and example["pool_input_ids"] is None:
-            example["pool_input_ids"] = input_ids
-    return examples
-
-
-class DistillationDataset(Dataset):
+class DistillationDataset(TrainingData, Dataset):
     """Map-style training data. `dataset[i]` is row i in file order, `dataset[(epoch, i)]` the same as of `epoch`.
 
     An example has `pixel_values` (3, H, W) in [-1, 1], or `latent_mean` and `latent_std` (C, h, w) float16 of a row of
@@ -860,10 +834,6 @@ class DistillationDataset(Dataset):
     broken is replaced by the next good one in an order that follows from (seed, epoch, row); `UserError` is raised
     only where all are broken.
     """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], columns: tuple[str, str], seed: int, **prepare: Any) -> None:
-        self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
-        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -873,7 +843,7 @@ class DistillationDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Tensor]]:
         """A batch, as `DataLoader` asks for it."""
-        return tokenize_examples([self._usable(key) for key in keys], self.prepare["tokenizer"])
+        return self.tokenize([self._usable(key) for key in keys])
 
     def _usable(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -883,17 +853,15 @@ class DistillationDataset(Dataset):
         for candidate in self._candidates(epoch, index):
             try:
                 example = self.example(epoch, candidate)
+                return {**example, "counts": example["counts"] + counts}
             except UnusableSample as unusable:
                 counts[unusable.args[0]] += 1
-                continue
-            return {**example, "counts": example["counts"] + counts}
         raise UserError(f"None of the {len(self)} training samples can be used: {describe_counts(counts)}.")
 
     def example(self, epoch: int, row: int) -> dict[str, Any]:
         """The example made of this very row in `epoch`, see `prepare_example`. Raises `UnusableSample`."""
-        seed = derived_seed(self.seed, "sample", epoch, row)
         try:
-            return prepare_example(self.rows[row], self.columns, seed, **self.prepare)
+            return self.prepare_example(self.rows[row], epoch, row)
         except OSError:  # a shard that vanished in mid-run
             raise UnusableSample(UNREADABLE) from None
 
@@ -907,7 +875,7 @@ class DistillationDataset(Dataset):
         yield from ((index + stride * step) % size for step in range(1, size))
 
 
-class StreamingDataset(IterableDataset):
+class StreamingDataset(TrainingData, IterableDataset):
     """Training data read from the hub as it goes, without end: epoch follows epoch.
 
     The place of a row in the stream is its number. A broken row's place is taken by the next good one, so that
@@ -915,11 +883,9 @@ class StreamingDataset(IterableDataset):
     worker its own part of that.
     """
 
-    def __init__(
-        self, rows: datasets.IterableDataset, columns: tuple[str, str], seed: int, rank: int, **prepare: Any
-    ) -> None:
-        self.rows, self.columns, self.seed, self.rank, self.prepare = rows, columns, seed, rank, prepare
-        self.shuffled = False
+    def __init__(self, rows: Any, columns: tuple[str, str], seed: int, rank: int, **prepare: Any) -> None:
+        super().__init__(rows, columns, seed, **prepare)
+        self.rank, self.shuffled = rank, False
         self.skip = 0  # rows that every worker reads past
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -933,10 +899,8 @@ class StreamingDataset(IterableDataset):
                 if to_skip > 0:
                     to_skip -= 1
                     continue
-                seed = derived_seed(self.seed, "sample", epoch, position, self.rank, worker)
                 try:
-                    example = prepare_example(row, self.columns, seed, **self.prepare)
-                    example = tokenize_examples([example], self.prepare["tokenizer"])[0]
+                    (example,) = self.tokenize([self.prepare_example(row, epoch, position, self.rank, worker)])
                 except UnusableSample as unusable:
                     counts[unusable.args[0]] += 1
                     vacant += 1
@@ -971,18 +935,15 @@ class SeededBatches(Sampler[list[tuple[int, int]]]):
         self.rank, self.processes, self.first = rank, processes, first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        orders: dict[int, Tensor] = {}
+        order_of = functools.lru_cache(1)(self._order)  # places only rise: no epoch comes twice
         for micro_batch in itertools.count(self.first):
             start = (micro_batch * self.processes + self.rank) * self.batch_size
-            batch = []
-            for place in range(start, start + self.batch_size):
-                epoch, offset = divmod(place, self.size)
-                if epoch not in orders:
-                    orders = {key: order for key, order in orders.items() if key == epoch - 1}
-                    generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-                    orders[epoch] = torch.randperm(self.size, generator=generator)
-                batch.append((epoch, int(orders[epoch][offset])))
-            yield batch
+            places = (divmod(place, self.size) for place in range(start, start + self.batch_size))
+            yield [(epoch, int(order_of(epoch)[offset])) for epoch, offset in places]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+        return torch.randperm(self.size, generator=generator)
 
 
 def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -1002,7 +963,7 @@ def describe_counts(counts: Tensor) -> str:
     return f"{broken} with a broken image, {empty} with an empty caption, {unreadable} that could not be read"
 
 
-def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, processes: int) -> str:
+def data_fingerprint(dataset: TrainingData, args: Namespace, processes: int) -> str:
     """What tells whether a resumed run has the same samples in the same order, wherever they now lie.
 
     The number of samples with a digest of 256 of them, evenly spread, and of all sizes where those are at hand.
@@ -1029,12 +990,11 @@ def data_fingerprint(dataset: DistillationDataset | StreamingDataset, args: argp
     return f"{len(dataset)} samples ({digest.hexdigest()})"
 
 
-def dataset_error(args: argparse.Namespace, error: BaseException) -> str:
+def dataset_error(args: Namespace, error: BaseException) -> str:
     """The sentence for a dataset that cannot be read: the cause, and which flag or file it is about."""
     source, folder = args.dataset_name, Path(args.dataset_name)
-    if choices := re.search(
-        r"among the available configs: (\[.*?\])|BuilderConfig .* Available: (\[.*\])", str(error)
-    ):
+    named = r"among the available configs: (\[.*?\])|BuilderConfig .* Available: (\[.*\])"
+    if choices := re.search(named, str(error)):
         several = f"--dataset_name {source} has several configurations: choose one with --dataset_config_name"
         return f"{several}, of {choices[1] or choices[2]}."
     while error.__cause__ is not None:  # "An error occurred while generating the dataset"
@@ -1042,11 +1002,16 @@ def dataset_error(args: argparse.Namespace, error: BaseException) -> str:
     message = loading_error("read", "dataset_name", source, error)
     if folder.is_dir() and re.search(r"[][*?]", str(folder.absolute())):
         message += " (datasets takes brackets, * and ? in a folder's name for a pattern: rename it)"
-    cut = [path.name for path in folder.rglob("*.parquet") if not is_parquet(path)] if folder.is_dir() else []
+    cut = []
+    for path in folder.rglob("*.parquet"):
+        try:
+            pq.read_schema(path)
+        except (OSError, ValueError):
+            cut.append(path.name)
     return f"{message} ({', '.join(cut)} is damaged or cut)" if cut else message
 
 
-def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
+def load_rows(args: Namespace) -> datasets.Dataset | datasets.IterableDataset:
     """The undecoded rows of a dataset. Raises `UserError` where they cannot be had."""
     source, folder = args.dataset_name, Path(args.dataset_name)
     try:
@@ -1058,9 +1023,17 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
                 rows = rows["train"]
             rows = rows.to_iterable_dataset() if args.streaming else rows
         else:
-            settings = {"split": "train", "cache_dir": args.cache_dir, "streaming": args.streaming}
-            rows = datasets.load_dataset(source, args.dataset_config_name, **settings)
-            if unread := files_of_other_splits(args):
+            builder = datasets.load_dataset_builder(source, args.dataset_config_name, cache_dir=args.cache_dir)
+            if args.streaming:
+                rows = builder.as_streaming_dataset(split="train")
+            else:
+                builder.download_and_prepare()
+                rows = builder.as_dataset(split="train")
+            used = {os.path.realpath(file) for file in (builder.config.data_files or {}).get("train", ())}
+            kinds = {os.path.splitext(file)[1] for file in used}  # what is like them, in another split or none
+            names = sorted(data.files_below(folder)) if folder.is_dir() else []
+            alike = [name for name in names if os.path.splitext(name)[1] in kinds]
+            if unread := [name for name in alike if os.path.realpath(folder / name) not in used]:
                 split = f"{len(unread)} files of {source} are not in its split train"
                 logger.warning(f"Training data: {split}, {unread[0]} among them: they are not read.")
         if rows.features is None:  # a stream of a format without a schema: its first rows tell
@@ -1089,27 +1062,7 @@ def load_rows(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableD
         raise UserError(f"--image_column {args.image_column} holds {images}; images are needed.") from error
 
 
-def files_of_other_splits(args: argparse.Namespace) -> list[str]:
-    """Files in the folder --dataset_name that are like those of its split train, and in another split or none."""
-    if not Path(args.dataset_name).is_dir():
-        return []
-    builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    used = {os.path.realpath(file) for file in (builder.config.data_files or {}).get("train", ())}
-    kinds = {os.path.splitext(file)[1] for file in used}
-    names = sorted(name for name in data.files_below(Path(args.dataset_name)) if os.path.splitext(name)[1] in kinds)
-    return [name for name in names if os.path.realpath(os.path.join(args.dataset_name, name)) not in used]
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a file is a whole parquet file, by what stands at its end."""
-    with suppress(OSError, ValueError):
-        return bool(pq.read_schema(path))
-    return False
-
-
-def make_train_dataset(
-    args: argparse.Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator
-) -> DistillationDataset | StreamingDataset:
+def make_train_dataset(args: Namespace, tokenizer: CLIPTokenizer, accelerator: Accelerator) -> TrainingData:
     """The training data in file order (shuffling is the loader's). Raises `UserError` where it cannot be read."""
     if args.random_conditioning and not args.proportion_empty_prompts:
         logger.warning("--random_conditioning without --proportion_empty_prompts: guidance needs empty captions too.")
@@ -1151,7 +1104,7 @@ def make_train_dataset(
 
 
 def make_dataloader(
-    dataset: DistillationDataset | StreamingDataset, args: argparse.Namespace, accelerator: Accelerator, first: int
+    dataset: TrainingData, args: Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[dict[str, Tensor]]:
     """Endless shuffled micro-batches of this process, from micro-batch number `first` (per process) on."""
     workers, discard, size = args.dataloader_num_workers, 0, args.train_batch_size
@@ -1217,33 +1170,24 @@ class CaptionPool(Sequence):
         return f"{len(self)} captions ({hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()})"
 
 
-def pool_captions(
-    args: argparse.Namespace, dataset: DistillationDataset | StreamingDataset
-) -> tuple[Iterator[Any], str]:
-    """The texts of --caption_pool, or of the data, in order, and what tells whether they are the same again."""
-    if args.caption_pool is not None:
-        settings = Path(args.caption_pool), args.caption_column, args.caption_extension
-        return data.read_captions(*settings), data.captions_fingerprint(*settings)
-    rows, column = dataset.rows, dataset.columns[1]
-    if isinstance(rows, data.Rows):
-        return map(rows.caption, range(len(rows))), rows.fingerprint()
-    return iter(rows[column]), rows._fingerprint
-
-
 def make_caption_pool(
-    args: argparse.Namespace,
-    dataset: DistillationDataset | StreamingDataset,
-    tokenizer: CLIPTokenizer,
-    accelerator: Accelerator,
+    args: Namespace, dataset: TrainingData, tokenizer: CLIPTokenizer, accelerator: Accelerator
 ) -> CaptionPool | None:
-    """The captions of `pool_captions`, tokenised where that was not done before; None where nothing reads them.
+    """The captions of --caption_pool, or of the data, tokenised where that was not done before.
 
+    None where nothing reads them.
     To be called by all processes. With --random_conditioning the samples have it from here on. Raises `UserError`
     where there are too few, and `TrainingError` where the file cannot be shared.
     """
     if not (args.teacher_latents or args.random_conditioning):
         return None
-    texts, fingerprint = pool_captions(args, dataset)
+    if args.caption_pool is not None:
+        settings = Path(args.caption_pool), args.caption_column, args.caption_extension
+        texts, fingerprint = data.read_captions(*settings), data.captions_fingerprint(*settings)
+    elif isinstance(rows := dataset.rows, data.Rows):
+        texts, fingerprint = map(rows.caption, range(len(rows))), rows.fingerprint()
+    else:
+        texts, fingerprint = iter(rows[dataset.columns[1]]), rows._fingerprint
     facts = fingerprint, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     path = latents_folder(args) / f"captions-{digest}" / "tokens.uint16"
@@ -1261,16 +1205,14 @@ def make_caption_pool(
     return pool
 
 
-def choose_captions(args: argparse.Namespace, size: int) -> list[str]:
+def choose_captions(args: Namespace, size: int) -> list[str]:
     """The texts of --teacher_latents captions of a pool of `size`, drawn by --teacher_latents_seed, in their order."""
     generator = torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "captions"))
     chosen = torch.randperm(size, generator=generator)[: args.teacher_latents].tolist()
-    wanted, texts = set(chosen), {}
+    wanted = set(chosen)
     pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
-    usable = (caption for text in pool for caption in usable_captions(text))
-    for number, caption in enumerate(usable):
-        if number in wanted:
-            texts[number] = caption
+    usable = enumerate(caption for text in pool for caption in usable_captions(text))
+    texts = {number: caption for number, caption in usable if number in wanted}
     return [texts[number] for number in chosen]
 
 
@@ -1317,56 +1259,17 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Ten
     return posterior.mean.contiguous(), posterior.std.contiguous()  # as they come out of shards
 
 
-def describe_latents(dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace) -> dict[str, Any]:
-    """All that the latents of these samples follow from, as their manifest says it."""
-    rows = dataset.rows
-    fingerprint = rows.fingerprint() if isinstance(rows, data.Rows) else getattr(rows, "_fingerprint", None)
-    settings = {"vae_config": public_config(vae.config), "image_interpolation_mode": args.image_interpolation_mode}
-    settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
-    return {
-        "maker": "the VAE's encoder, in float32",
-        "vae": weights_hash(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "resolution": args.resolution,
-        "variants": 1 + args.random_flip,  # as it is and, with --random_flip, mirrored
-        "crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}",
-        "settings": settings,
-    }
+class RowsToEncode(DistillationDataset):
+    """Rows as they are of epoch 0, with all captions. One that cannot be used says why, under `fault`."""
 
-
-class RowsToEncode(Dataset):
-    """The rows of a `DistillationDataset` with all captions and the crop of epoch 0, not mirrored.
-
-    A row that cannot be used says why, under `fault`.
-    """
-
-    def __init__(self, dataset: DistillationDataset, args: argparse.Namespace) -> None:
-        crop = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
-        prepare = {"transform": crop, "tokenizer": None, "proportion_empty_prompts": 0.0}
-        self.dataset = DistillationDataset(dataset.rows, dataset.columns, dataset.seed, **prepare)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        try:
-            return self.dataset.example(0, row)
-        except UnusableSample as unusable:
-            return {"captions": [], "fault": COUNTED[unusable.args[0]]}
-
-
-def encode_batch(vae: AutoencoderKL, images: Sequence[Tensor], rows: range, args: argparse.Namespace) -> list[bytes]:
-    """The .npy files of a batch's images: mean and deviation, as it is and mirrored: (variants, 2, C, h, w), float16.
-
-    Raises `TrainingError`, naming the batch's rows, where a latent is not finite.
-    """
-    if not images:
-        return []
-    pixel_values = torch.stack([*images]).contiguous().to(vae.device, non_blocking=True)
-    if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
-        pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(images)))
-    variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
-    latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
-    if not latents.isfinite().all():
-        raise TrainingError(f"Latents of an image among samples {rows[0]} to {rows[-1]} are not finite in float16.")
-    return [data.write_npy(image) for image in latents[: len(images)].cpu().numpy()]
+    def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        for row in keys:
+            try:
+                records.append(self.example(0, row))
+            except UnusableSample as unusable:
+                records.append({"captions": [], "fault": COUNTED[unusable.args[0]]})
+        return records
 
 
 @dataclass
@@ -1374,117 +1277,65 @@ class LatentShards:
     """Shards of latents that are wanted."""
 
     facts: Mapping[str, Any]  # all that they follow from, as their manifest says it
-    size: int  # samples in all
-    shape: tuple[int, int, int]  # (C, h, w) of a sample
-    make: Callable[[Path, dict[int, range]], Iterator[tuple[int, str]]]  # some in a folder, see `write_latents`
-
-
-def in_batches(rows: range, size: int) -> Iterator[range]:
-    """The rows of a shard, `size` at a time. A batch ends with its shard: so it matters not which process makes it."""
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def write_latents(
-    folder: Path,
-    shards: Mapping[int, range],
-    size: int,
-    make_batch: Callable[[range], Iterator[tuple[bytes, dict[str, Any]]]],
-    desc: str,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """Write these shards, by number and rows; yields their entries of the manifest.
-
-    `make_batch` gives the .npy file and the record of each of at most `size` rows.
-    """
-    total = sum(map(len, shards.values()))
-    with tqdm(total=total, desc=desc, unit=" images", disable=not show) as progress:
-        for number, rows in shards.items():
-            samples: list[tuple[str, dict[str, bytes]]] = []
-            for batch in in_batches(rows, size):
-                for row, (npy, record) in zip(batch, make_batch(batch), strict=True):
-                    samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(record).encode()}))
-                progress.update(len(batch))
-            yield number, json.dumps(data.write_shard(folder, data.shard_name(number), samples))
-
-
-def encode_shards(
-    folder: Path,
-    shards: Mapping[int, range],
-    dataset: Dataset,
-    vae: AutoencoderKL,
-    args: argparse.Namespace,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """`write_latents` of these rows of `RowsToEncode`. Raises `TrainingError`."""
-    order = (batch for rows in shards.values() for batch in in_batches(rows, args.train_batch_size))
-    batches = batches_of(dataset, args.dataloader_num_workers, list, vae.device, batch_sampler=order)
-
-    def encode(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        examples = next(batches)
-        images = [example.pop("pixel_values") for example in examples if "pixel_values" in example]
-        latents = iter(encode_batch(vae, images, rows, args))
-        for row, example in zip(rows, examples, strict=True):
-            if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
-                gone = "cannot be read (its file is gone or out of reach)"
-                raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
-            yield b"" if "fault" in example else next(latents), example
-
-    with closing(batches):
-        yield from write_latents(folder, shards, args.train_batch_size, encode, "Encoding", show)
+    dataset: DistillationDataset  # the samples that they are of
+    vae: AutoencoderKL
+    make: Callable[[list[range]], Iterator[tuple[bytes, dict[str, Any]]]]  # of batches of rows, each row's two members
 
 
 def open_latents(folder: Path, size: int) -> data.ShardFolder | None:
     """The whole latents of `size` samples; None where some are missing, or not all of a shard is there."""
-    try:
+    with suppress(UserError, OSError):
         rows = data.ShardFolder(folder) if (folder / "manifest.json").is_file() else ()  # it is written last
-    except (UserError, OSError):
-        return None
-    return rows if len(rows) == size else None
+        return rows if len(rows) == size else None
+    return None
 
 
-def finished_shards(folder: Path, shards: Mapping[int, range]) -> dict[int, str]:
-    """The manifest's entries of the shards that are in their place and whole, as an earlier run left them."""
-    entries = {}
-    for number, rows in shards.items():
-        with suppress(UserError, OSError):  # cut, or not there
-            entry = data.entry_of(folder / f"{data.shard_name(number)}.tar")
-            entries |= {number: json.dumps(entry)} if entry["count"] == len(rows) else {}
-    return entries
-
-
-def latents_shape(vae: AutoencoderKL, args: argparse.Namespace) -> tuple[int, int, int]:
+def latents_shape(vae: AutoencoderKL, args: Namespace) -> tuple[int, int, int]:
     """(C, h, w) of the latents of one image."""
     side = args.resolution // vae_factor(vae.config)
     return vae.config.latent_channels, side, side
 
 
-def latents_folder(args: argparse.Namespace) -> Path:
+def latents_folder(args: Namespace) -> Path:
     """Where latents and token ids are kept, each in a folder named by what it follows from."""
     return Path(args.latents_cache_dir or f"{Path(args.output_dir).resolve()}-latents")
 
 
-def complete_latents(folder: Path, wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_rows` does."""
-    size = wanted.size
+def complete_latents(folder: Path, wanted: LatentShards, args: Namespace, accelerator: Accelerator) -> None:
+    """Make the shards that are missing, each process its part, then the manifest. Raises as `latents_dataset` does."""
+    flag, desc = ("teacher_latents", "Painting") if args.teacher_latents else ("cache_latents", "Encoding")
+    size, batch_size, entries, free = len(wanted.dataset), args.train_batch_size, {}, 0
     shards = {n: range(size)[at : at + LATENTS_PER_SHARD] for n, at in enumerate(range(0, size, LATENTS_PER_SHARD))}
-    entries, free = {}, 0
     if accelerator.is_main_process:
-        entries, free = finished_shards(folder, shards), shutil.disk_usage(folder).free
-    finished, free = broadcast_object_list([set(entries), free])
+        free = shutil.disk_usage(folder).free
+        for number, rows in shards.items():  # as an earlier run left them
+            with suppress(UserError, OSError):  # cut, or not there
+                entry = data.entry_of(folder / f"{data.shard_name(number)}.tar")
+                entries |= {number: json.dumps(entry)} if entry["count"] == len(rows) else {}
+    finished, free = accelerate_utils.broadcast_object_list([set(entries), free])
     missing = {number: rows for number, rows in shards.items() if number not in finished}
-    images = sum(map(len, missing.values()))
-    needed = images * (
-        wanted.facts["variants"] * 4 * math.prod(wanted.shape) + 2048
-    )  # mean and deviation; headers, captions
+    images, numbers = sum(map(len, missing.values())), math.prod(latents_shape(wanted.vae, args))
+    needed = images * (wanted.facts["variants"] * 4 * numbers + 2048)  # mean and deviation; headers, captions
     takes, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
     if needed > free:
-        flag = "teacher_latents" if args.teacher_latents else "cache_latents"
         needs = f"--{flag} needs {takes} in {folder} for {images:,} images, where {has} are free"
         raise UserError(f"{needs}: make room or choose another --latents_cache_dir.")
     logger.info(f"Making latents of {images:,} of {size:,} images in {folder}, which will take {takes}")
     started = time.perf_counter()
     mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
-    entries |= dict(accelerate_utils.gather_object(list(wanted.make(folder, mine))))
+    # A batch ends with its shard: so it matters not which process makes it.
+    batches = [rows[at : at + batch_size] for rows in mine.values() for at in range(0, len(rows), batch_size)]
+    shown = {"total": sum(map(len, batches)), "desc": desc, "disable": not accelerator.is_main_process}
+    made: dict[int, str] = {}
+    with closing(wanted.make(batches)) as members, tqdm(unit=" images", **shown) as progress:
+        for number, rows in mine.items():
+            samples = []
+            for row in rows:
+                npy, record = next(members)
+                samples.append((f"{row:09d}", {".npy": npy, ".json": json.dumps(record).encode()}))
+                progress.update()
+            made[number] = json.dumps(data.write_shard(folder, data.shard_name(number), samples))
+    entries |= dict(accelerate_utils.gather_object(list(made.items())))
     if accelerator.is_main_process:
         head = {"format": data.FORMAT, "complete": True, "latents": wanted.facts}
         data.write_manifest(folder, head, [entries[number] for number in shards])
@@ -1493,23 +1344,24 @@ def complete_latents(folder: Path, wanted: LatentShards, args: argparse.Namespac
     logger.info(f"Made latents of {images:,} images in {seconds:.0f} s, {images / seconds:.1f} images per second")
 
 
-def latents_rows(wanted: LatentShards, args: argparse.Namespace, accelerator: Accelerator) -> data.ShardFolder:
-    """The samples of these shards, from a folder named by what they follow from; to be called by every process.
+def latents_dataset(wanted: LatentShards, args: Namespace, accelerator: Accelerator) -> DistillationDataset:
+    """The samples with latents, from a folder named by what these follow from; to be called by every process.
 
     Where they are not whole, all processes make what is missing first. Raises `UserError` where there is no room
-    for them, and `TrainingError` where they cannot be written.
+    for them, and `TrainingError` where they cannot be made or written.
     """
     folder = latents_folder(args) / hashlib.blake2b(json.dumps(wanted.facts).encode(), digest_size=8).hexdigest()
+    size = len(wanted.dataset)
     # The main process alone looks before anything is made: a network's file system remembers what was not there.
-    rows = open_latents(folder, wanted.size) if accelerator.is_main_process else None
-    if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
+    rows = open_latents(folder, size) if accelerator.is_main_process else None
+    if accelerate_utils.broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
         with folder_lock("latents_cache_dir", folder, True) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
-                rows = open_latents(folder, wanted.size)  # another run may just have made them
+                rows = open_latents(folder, size)  # another run may just have made them
                 for old in folder.parent.glob("*/settings.json"):
                     if "rows_per_shard" in old.read_text(errors="replace"):
                         logger.warning(f"{old.parent} holds latents in an earlier format, made anew now: delete it.")
-            if broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
+            if accelerate_utils.broadcast_object_list([accelerator.is_main_process and rows is None])[0]:
                 try:
                     complete_latents(folder, wanted, args, accelerator)
                 except OSError as error:
@@ -1517,66 +1369,79 @@ def latents_rows(wanted: LatentShards, args: argparse.Namespace, accelerator: Ac
                         f"Latents cannot be written to {folder} ({first_line(error)}): make room, and the same "
                         "command goes on with what is made by now; or choose another --latents_cache_dir."
                     ) from error
-    rows = rows or open_latents(folder, wanted.size)
+    rows = rows or open_latents(folder, size)
     if any_process(accelerator, rows is None):
         raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
-    return rows
+    return DistillationDataset(rows, ("image", "text"), args.seed, **wanted.dataset.prepare)
 
 
 def cache_latents(
-    dataset: DistillationDataset, vae: AutoencoderKL, args: argparse.Namespace, accelerator: Accelerator
+    dataset: DistillationDataset, vae: AutoencoderKL, args: Namespace, accelerator: Accelerator
 ) -> DistillationDataset:
-    """The same samples with `latent_mean` and `latent_std` for `pixel_values`. Raises as `latents_rows` does."""
+    """The same samples with `latent_mean` and `latent_std` for `pixel_values`. Raises as `latents_dataset` does."""
 
-    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+    def encode(batches: list[range]) -> Iterator[tuple[bytes, dict[str, Any]]]:
         freeze(vae, accelerator.device, torch.float32)  # what is kept for good is not rounded on the way
         if use_channels_last(accelerator.device, torch.float32, args.compile):
             vae.to(memory_format=torch.channels_last)
         if args.compile:
             vae.encoder.compile(dynamic=False)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # on by default, with 10 bits of mantissa
-            rows, show = RowsToEncode(dataset, args), accelerator.is_main_process
-            yield from encode_shards(folder, shards, rows, vae, args, show)
+        crop = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
+        to_encode = RowsToEncode(dataset.rows, dataset.columns, dataset.seed, transform=crop, tokenizer=None)
+        loader = batches_of(to_encode, args.dataloader_num_workers, list, vae.device, batch_sampler=batches)
+        # TF32 is on by default, with 10 bits of mantissa.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), closing(loader):
+            for rows in batches:
+                yield from encode_batch(vae, rows, next(loader), args)
 
-    wanted = LatentShards(describe_latents(dataset, vae, args), len(dataset), latents_shape(vae, args), make)
-    rows = latents_rows(wanted, args, accelerator)
-    return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
+    rows, config = dataset.rows, vae.config
+    fingerprint = rows.fingerprint() if isinstance(rows, data.Rows) else getattr(rows, "_fingerprint", None)
+    settings = {"vae_config": public_config(config), "image_interpolation_mode": args.image_interpolation_mode}
+    settings |= {"rows_per_shard": LATENTS_PER_SHARD, "samples": len(dataset), "data": fingerprint}
+    facts = {"maker": "the VAE's encoder, in float32", "vae": weights_hash(vae)}
+    facts |= {"scaling_factor": config.scaling_factor, "resolution": args.resolution, "variants": 1 + args.random_flip}
+    facts |= {"crop": "in the centre" if args.center_crop else f"at random, by seed {args.seed}", "settings": settings}
+    return latents_dataset(LatentShards(facts, dataset, vae, encode), args, accelerator)
+
+
+def encode_batch(
+    vae: AutoencoderKL, rows: range, examples: Sequence[dict[str, Any]], args: Namespace
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Of each of these rows of `RowsToEncode` the .npy file and the record.
+
+    The file holds mean and deviation, as it is and, with --random_flip, mirrored: (variants, 2, C, h, w), float16.
+    Raises `TrainingError` where a latent is not finite, and for a file that is out of reach.
+    """
+    images, latents = [example.pop("pixel_values") for example in examples if "pixel_values" in example], iter(())
+    if images:
+        pixel_values = torch.stack(images).contiguous().to(vae.device, non_blocking=True)
+        if args.compile:  # one shape: rows that cannot be used would have the encoder compiled anew
+            pixel_values = F.pad(pixel_values, (0, 0) * 3 + (0, args.train_batch_size - len(images)))
+        variants = [pixel_values, pixel_values.flip(-1)][: 1 + args.random_flip]
+        latents = torch.stack([torch.stack(encode_images(vae, variant), 1) for variant in variants], 1).half()
+        if not latents.isfinite().all():
+            place = f"among samples {rows[0]} to {rows[-1]}"
+            raise TrainingError(f"Latents of an image {place} are not finite in float16.")
+        latents = iter(latents[: len(images)].cpu().numpy())
+    for row, example in zip(rows, examples, strict=True):
+        if example.get("fault") == COUNTED[UNREADABLE]:  # it may be back tomorrow: not to be kept for good
+            gone = "cannot be read (its file is gone or out of reach)"
+            raise TrainingError(f"Sample {row} {gone}: put that right, then the same command goes on.")
+        yield b"" if "fault" in example else data.write_npy(next(latents)), example
 
 
 def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusionPipeline:
     """The pipeline with this U-Net and DPM-Solver++, which makes images and the teacher's latents."""
     config = components.noise_scheduler.config
     scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
-    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
-    parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler)
+    parts = components.vae, components.text_encoder, components.tokenizer, unet, scheduler
+    pipeline = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # no checker, no extractor
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def describe_teacher_latents(
-    pool: CaptionPool, vae: AutoencoderKL, contents: Mapping[str, str], args: argparse.Namespace, precision: str
-) -> dict[str, Any]:
-    """All that the teacher's latents follow from, as their manifest says it."""
-    names = ("teacher_latents", "teacher_latents_seed", "teacher_latents_steps", "teacher_latents_guidance_scale")
-    settings = {name: getattr(args, name) for name in (*names, "train_batch_size", "compile", "prediction_type")}
-    settings |= {name: value for name, value in contents.items() if name.startswith("teacher's")}
-    settings |= {"precision": precision, "captions": pool.fingerprint(), "rows_per_shard": LATENTS_PER_SHARD}
-    return {
-        "maker": TEACHER_MADE,
-        "vae": contents["teacher's VAE"],
-        "scaling_factor": vae.config.scaling_factor,
-        "resolution": args.resolution,
-        "variants": 1,
-        "crop": "none",
-        "settings": settings,
-    }
-
-
 @torch.no_grad()
-def paint_latents(
-    pipeline: StableDiffusionPipeline, captions: Sequence[str], rows: range, args: argparse.Namespace
-) -> Tensor:
+def paint_latents(pipeline: StableDiffusionPipeline, captions: Sequence[str], rows: range, args: Namespace) -> Tensor:
     """The teacher's latents of these samples, as the VAE's mean would be: (B, C, h, w), float32, on the host.
 
     The noise of a sample follows from --teacher_latents_seed and its number alone.
@@ -1595,73 +1460,60 @@ def paint_latents(
     return painted.float().cpu() / pipeline.vae.config.scaling_factor
 
 
-def paint_shards(
-    folder: Path,
-    shards: Mapping[int, range],
-    captions: Sequence[str],
-    pipeline: StableDiffusionPipeline,
-    args: argparse.Namespace,
-    show: bool,
-) -> Iterator[tuple[int, str]]:
-    """`write_latents` of what the teacher makes of these captions. Raises `TrainingError`.
-
-    Latents that are not finite are made once more in float32, and count as broken images where that does not help.
-    """
-    size, broken = args.train_batch_size, 0
-
-    def paint(rows: range) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        nonlocal broken
-        texts = [captions[row] for row in rows]
-        latents = paint_latents(pipeline, texts, rows, args).half()
-        if not latents.isfinite().all():
-            models, dtype = (pipeline.unet, pipeline.text_encoder), pipeline.unet.dtype
-            for model in models:
-                model.float()
-            latents = paint_latents(pipeline, texts, rows, args).half()
-            for model in models:
-                model.to(dtype)
-        sound = latents.isfinite().flatten(1).all(1).tolist()
-        broken += sound.count(False)
-        if broken > 0.01 * len(captions):
-            raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
-        for text, mean, is_sound in zip(texts, latents, sound, strict=True):
-            if is_sound:
-                yield data.write_npy(torch.stack([mean, torch.zeros_like(mean)])[None].numpy()), {"captions": [text]}
-            else:
-                yield b"", {"captions": [], "fault": COUNTED[BROKEN_IMAGE]}
-
-    if shards:
-        for _ in range(2):  # the first batch compiles, or is slow otherwise
-            started = time.perf_counter()
-            paint_latents(pipeline, [""] * size, range(size), args)
-        seconds = (time.perf_counter() - started) * sum(math.ceil(len(rows) / size) for rows in shards.values())
-        logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
-    yield from write_latents(folder, shards, size, paint, "Painting", show)
-
-
 def make_teacher_latents(
     dataset: DistillationDataset,
     pool: CaptionPool,
     components: Components,
     contents: Mapping[str, str],
-    args: argparse.Namespace,
+    args: Namespace,
     accelerator: Accelerator,
 ) -> DistillationDataset:
-    """The samples with latents that the teacher makes of captions. Raises as `latents_rows` does."""
+    """The samples with latents that the teacher makes of captions. Raises as `latents_dataset` does.
 
-    def make(folder: Path, shards: dict[int, range]) -> Iterator[tuple[int, str]]:
+    Latents that are not finite are made once more in float32, and count as broken images where that does not help.
+    """
+
+    def paint(batches: list[range]) -> Iterator[tuple[bytes, dict[str, Any]]]:
         unet = freeze(components.teacher_unet, accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision])
         freeze(components.text_encoder, accelerator.device, unet.dtype)
         pipeline = sampling_pipeline(components, torch.compile(unet, dynamic=False) if args.compile else unet)
-        captions = choose_captions(args, len(pool))
-        yield from paint_shards(folder, shards, captions, pipeline, args, accelerator.is_main_process)
-        if args.compile:
-            torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
+        captions, size, broken = choose_captions(args, len(pool)), args.train_batch_size, 0
+        for _ in range(2):  # the first batch compiles, or is slow otherwise
+            started = time.perf_counter()
+            paint_latents(pipeline, [""] * size, range(size), args)
+        seconds = (time.perf_counter() - started) * len(batches)
+        logger.info(f"Painting will take about {timedelta(seconds=round(seconds))}")
+        for rows in batches:
+            texts = [captions[row] for row in rows]
+            latents = paint_latents(pipeline, texts, rows, args).half()
+            if not latents.isfinite().all():
+                models, dtype = (pipeline.unet, pipeline.text_encoder), unet.dtype
+                for model in models:
+                    model.float()
+                latents = paint_latents(pipeline, texts, rows, args).half()
+                for model in models:
+                    model.to(dtype)
+            for text, mean in zip(texts, latents, strict=True):
+                if mean.isfinite().all():
+                    both = torch.stack([mean, torch.zeros_like(mean)])[None]
+                    yield data.write_npy(both.numpy()), {"captions": [text]}
+                    continue
+                broken += 1
+                if broken > 0.01 * len(captions):
+                    raise TrainingError(f"{broken} of the teacher's latents are not finite, even in float32: stopped.")
+                yield b"", {"captions": [], "fault": COUNTED[BROKEN_IMAGE]}
 
-    facts = describe_teacher_latents(pool, components.vae, contents, args, accelerator.mixed_precision)
-    wanted = LatentShards(facts, args.teacher_latents, latents_shape(components.vae, args), make)
-    rows = latents_rows(wanted, args, accelerator)
-    return DistillationDataset(rows, ("image", "text"), args.seed, **dataset.prepare)
+    vae, precision = components.vae, accelerator.mixed_precision
+    names = ("teacher_latents", "teacher_latents_seed", "teacher_latents_steps", "teacher_latents_guidance_scale")
+    settings = {name: getattr(args, name) for name in (*names, "train_batch_size", "compile", "prediction_type")}
+    settings |= {name: value for name, value in contents.items() if name.startswith("teacher's")}
+    settings |= {"precision": precision, "captions": pool.fingerprint(), "rows_per_shard": LATENTS_PER_SHARD}
+    facts = {"maker": TEACHER_MADE, "vae": contents["teacher's VAE"], "scaling_factor": vae.config.scaling_factor}
+    facts |= {"resolution": args.resolution, "variants": 1, "crop": "none", "settings": settings}
+    painted = latents_dataset(LatentShards(facts, dataset, vae, paint), args, accelerator)
+    if args.compile:
+        torch._dynamo.reset()  # hooks that are registered on the teacher now would be ignored otherwise
+    return painted
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1670,14 +1522,12 @@ def make_teacher_latents(
 
 def loading_error(done: str, flag: str, source: str, error: BaseException, part: str | None = None) -> str:
     """The sentence for a model, a part of one or a dataset that cannot be loaded or read."""
-    absent = (
-        "" if Path(source).exists() else " (it is no folder here, and the hub does not have it or is out of reach)"
-    )
-    named = f"{source} ({part})" if part else source
-    return f"--{flag} {named} cannot be {done}{absent}: {first_line(error)}"
+    what = f"--{flag} {source} ({part}) cannot be {done}" if part else f"--{flag} {source} cannot be {done}"
+    absent = "it is no folder here, and the hub does not have it or is out of reach"
+    return f"{what}: {first_line(error)}" if Path(source).exists() else f"{what} ({absent}): {first_line(error)}"
 
 
-def load_component(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> Any:
+def load_component(component: type, args: Namespace, flag: str = TEACHER, **kwargs: Any) -> Any:
     """`component.from_pretrained` of what `flag` names, in float32. Raises `UserError` where that fails.
 
     The dtype is explicit since transformers otherwise keeps the file's; missing tensors are an error since diffusers
@@ -1685,9 +1535,8 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
     """
     source, part_name = getattr(args, flag), kwargs.get("subfolder")
     if Path(source).is_file():
-        part = single_file_part(args, **kwargs)
-        if component is DDPMScheduler:
-            return component.from_config(part.config)
+        pipeline = open_single_file(source, args.single_file_config, args.cache_dir)
+        part = getattr(pipeline, part_name) if part_name else pipeline
         return part.config if component is CLIPTextConfig else part
     if flag == TEACHER:
         kwargs |= {"revision": args.revision}
@@ -1700,19 +1549,18 @@ def load_component(component: type, args: argparse.Namespace, flag: str = TEACHE
         loaded = component.from_pretrained(source, cache_dir=args.cache_dir, **kwargs)
     except Exception as error:  # absent, not reachable, cut short, of another class, ...
         raise UserError(loading_error("loaded", flag, source, error, part_name)) from error
-    if not issubclass(component, nn.Module):
-        return loaded
-    model, info = loaded
-    if missing := info["missing_keys"]:
-        raise UserError(f"--{flag} {source}: {len(missing)} tensors are missing from its {component.__name__}.")
-    return model
+    if issubclass(component, nn.Module):
+        loaded, info = loaded
+        if missing := info["missing_keys"]:
+            raise UserError(f"--{flag} {source}: {len(missing)} tensors are missing from its {component.__name__}.")
+    return loaded
 
 
 def model_folder(source: str | Path, cache_dir: str | None, revision: str | None = None) -> Path | None:
     """A model's folder, or so much of it as was fetched from the hub; None for a single file and where none is."""
     if Path(source).exists():
         return Path(source) if Path(source).is_dir() else None
-    cached = try_to_load_from_cache(source, "unet/config.json", cache_dir=cache_dir, revision=revision)
+    cached = huggingface_hub.try_to_load_from_cache(source, "unet/config.json", cache_dir=cache_dir, revision=revision)
     return Path(cached).parents[1] if isinstance(cached, str) else None
 
 
@@ -1720,7 +1568,7 @@ def model_folder(source: str | Path, cache_dir: str | None, revision: str | None
 def files_on_hub(source: str, revision: str | None) -> list[str]:
     """Names of the files of a repository; none where it is out of reach."""
     with suppress(Exception):
-        return list_repo_files(source, revision=revision)
+        return huggingface_hub.list_repo_files(source, revision=revision)
     return []
 
 
@@ -1732,7 +1580,7 @@ def files_of(source: str | Path, cache_dir: str | None, revision: str | None = N
     return [path.relative_to(folder).as_posix() for path in folder.glob("*/*")] if folder else []
 
 
-def weights_variant(args: argparse.Namespace, part: str, flag: str = TEACHER) -> str | None:
+def weights_variant(args: Namespace, part: str, flag: str = TEACHER) -> str | None:
     """The variant that a part's weights are read of: --variant or, as in diffusers, none where no file is of that.
 
     Raises `UserError` where the names of its files show that there is neither.
@@ -1782,12 +1630,6 @@ def open_single_file(path: str, config: str | None, cache_dir: str | None) -> St
     return pipeline
 
 
-def single_file_part(args: argparse.Namespace, subfolder: str | None = None, **_: Any) -> Any:
-    """A part of a teacher in one file by its name, or all of the pipeline. Raises as `open_single_file` does."""
-    pipeline = open_single_file(args.pretrained_model_name_or_path, args.single_file_config, args.cache_dir)
-    return getattr(pipeline, subfolder) if subfolder else pipeline
-
-
 # Parts that nobody needs, with the end of the name of a file that they cannot do without.
 OPTIONAL_PARTS = {"safety_checker": ".safetensors", "feature_extractor": ".json", "image_encoder": ".safetensors"}
 
@@ -1811,11 +1653,11 @@ def absent_parts(index: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     return absent
 
 
-def load_config(component: type, args: argparse.Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
+def load_config(component: type, args: Namespace, flag: str = TEACHER, **kwargs: Any) -> dict[str, Any]:
     """A component's config alone. Raises `UserError` naming `flag` where it cannot be had."""
     source, revision = getattr(args, flag), args.revision if flag == TEACHER else None
     if Path(source).is_file():
-        part = single_file_part(args, **kwargs)
+        part = load_component(component, args, flag, **kwargs)
         return {"_class_name": type(part).__name__, **part.config}
     try:
         config = component.load_config(source, revision=revision, cache_dir=args.cache_dir, **kwargs)
@@ -1836,7 +1678,7 @@ def text_width(unet_config: Mapping[str, Any]) -> int:
     return int(np.max(unet_config.get("cross_attention_dim", 1280)))  # it may be a list, one for every level
 
 
-def check_pipeline(args: argparse.Namespace, flag: str) -> None:
+def check_pipeline(args: Namespace, flag: str) -> None:
     """Raise `UserError` where a pipeline's index shows that it is of another class, or that --export cannot be met."""
     index, source, needed = load_config(DiffusionPipeline, args, flag), getattr(args, flag), "StableDiffusionPipeline"
     if (kind := index.get("_class_name")) != needed:
@@ -1846,7 +1688,7 @@ def check_pipeline(args: argparse.Namespace, flag: str) -> None:
         raise UserError(f"--export single_file takes a CLIPTextModel; the text encoder of {source} is a {encoder}.")
 
 
-def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
+def check_teacher(args: Namespace) -> dict[str, Any]:
     """The teacher's U-Net config. Raises `UserError` where configs alone show that it cannot be distilled."""
     check_pipeline(args, TEACHER)
     unet_config = load_config(UNet2DConditionModel, args, subfolder="unet")
@@ -1866,7 +1708,7 @@ def check_teacher(args: argparse.Namespace) -> dict[str, Any]:
     return unet_config
 
 
-def check_text_encoder(args: argparse.Namespace, tokenizer: CLIPTokenizer, unet_config: Mapping[str, Any]) -> None:
+def check_text_encoder(args: Namespace, tokenizer: CLIPTokenizer, unet_config: Mapping[str, Any]) -> None:
     """Raise `UserError` where the text encoder's config fits neither the tokenizer nor the U-Net."""
     source, config_file = args.pretrained_model_name_or_path, "text_encoder/config.json"
     if (files := files_of(source, args.cache_dir, args.revision)) and config_file not in files:
@@ -1884,13 +1726,14 @@ def check_text_encoder(args: argparse.Namespace, tokenizer: CLIPTokenizer, unet_
         raise UserError(f"--{TEACHER} {source}: {other}: the text encoder is that of another model.")
 
 
-def load_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
+def load_noise_scheduler(args: Namespace) -> DDPMScheduler:
     """The teacher's noise schedule. Raises `UserError` where its prediction type is not known."""
     config = load_config(DDPMScheduler, args, subfolder="scheduler")
     if not {"beta_start", "beta_schedule"} <= config.keys():
         kin = f"({config.get('_class_name')}) has no beta_start and beta_schedule, as those of Stable Diffusion have"
         raise UserError(f"The teacher's scheduler {kin}.")
-    noise_scheduler = load_component(DDPMScheduler, args, subfolder="scheduler")
+    scheduler = load_component(DDPMScheduler, args, subfolder="scheduler")  # of a single file, of any class
+    noise_scheduler = DDPMScheduler.from_config(scheduler.config)
     if args.prediction_type is not None:
         noise_scheduler.register_to_config(prediction_type=args.prediction_type)
     kind, known = noise_scheduler.config.prediction_type, " and ".join(PREDICTION_TYPES)
@@ -1900,34 +1743,29 @@ def load_noise_scheduler(args: argparse.Namespace) -> DDPMScheduler:
     return noise_scheduler
 
 
-def load_unets(
-    args: argparse.Namespace, teacher_config: Mapping[str, Any]
-) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
-    """Student and teacher in float32; the teacher is None where neither a loss term nor pruning needs it."""
-    distils, prunes = args.output_weight > 0 or args.feature_weight > 0, args.student_model_name_or_path is None
-    needed = distils or prunes or args.teacher_latents
-    teacher = load_component(UNet2DConditionModel, args, subfolder="unet") if needed else None
-    kept = teacher if distils or args.teacher_latents else None
-    if prunes:
-        return build_student(teacher, args.distill_level), kept
-    check_student(
-        load_config(UNet2DConditionModel, args, STUDENT, subfolder="unet"), teacher_config, args.distill_level
-    )
-    return load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet"), kept
-
-
 def load_components(
-    args: argparse.Namespace, teacher_config: Mapping[str, Any], tokenizer: CLIPTokenizer, scheduler: DDPMScheduler
+    args: Namespace, teacher_config: Mapping[str, Any], tokenizer: CLIPTokenizer, scheduler: DDPMScheduler
 ) -> Components:
-    """All models with weights, beside what was read before. Raises `UserError` where one cannot be had."""
+    """All models with weights in float32, beside what was read before. Raises `UserError` where one cannot be had.
+
+    The teacher's U-Net is None where neither a loss term nor latents need it.
+    """
+    distils, prunes = args.output_weight > 0 or args.feature_weight > 0, args.student_model_name_or_path is None
     files = files_of(args.pretrained_model_name_or_path, args.cache_dir, args.revision)
     absent = absent_parts(load_config(DiffusionPipeline, args), files)
-    for part in ("text_encoder", "vae", *([] if args.student_model_name_or_path else ["unet"])):
+    for part in ("text_encoder", "vae", *(["unet"] if prunes else [])):
         weights_variant(args, part)
     text_encoder = load_component(CLIPTextModel, args, subfolder="text_encoder")
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
     vae = load_component(AutoencoderKL, args, subfolder="vae")
-    unet, teacher_unet = load_unets(args, teacher_config)
+    needed = distils or prunes or args.teacher_latents
+    teacher_unet = load_component(UNet2DConditionModel, args, subfolder="unet") if needed else None
+    if prunes:
+        unet = build_student(teacher_unet, args.distill_level)
+    else:
+        unet = load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet")
+        check_student(unet.config, teacher_config, args.distill_level)
+    teacher_unet = teacher_unet if distils or args.teacher_latents else None
     models = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     # All but the U-Net is read as the index says, as it will be when the result is loaded back: that must not fail
     # after days.
@@ -1941,7 +1779,7 @@ def describe_contents(
     pool: "CaptionPool | None",
     components: Components,
     teacher_config: Mapping[str, Any],
-    args: argparse.Namespace,
+    args: Namespace,
     processes: int,
 ) -> dict[str, str]:
     """Digests of data and teacher, by which a resumed run knows them again."""
@@ -1963,13 +1801,18 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_features(model: nn.Module, tap: FeatureTap) -> None:
-    """Run a U-Net once on noise: raise `UserError` for features that are not finite, warn of constant ones."""
+def predict_noise(model: UNet2DConditionModel) -> Tensor:
+    """What a U-Net predicts of noise that is always the same, to see that it works and that two are one."""
     generator, weight, side = torch.Generator().manual_seed(0), model.conv_in.weight, 2 ** len(model.down_blocks)
     sample = torch.randn(1, model.config.in_channels, side, side, generator=generator).to(weight)
     text = torch.randn(1, 8, text_width(model.config), generator=generator).to(weight)
-    with torch.no_grad():
-        model(sample, 500, text)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return model(sample, 500, text, return_dict=False)[0]
+
+
+def check_features(model: nn.Module, tap: FeatureTap) -> None:
+    """Run a U-Net once on noise: raise `UserError` for features that are not finite, warn of constant ones."""
+    predict_noise(model)
     for name, feature in zip(tap.names, tap.pop(), strict=True):
         spread = feature.float().std()
         if not spread.isfinite():
@@ -2045,9 +1888,9 @@ def remove_checkpoint(path: Path) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what killed runs left of checkpoints in `output_dir`, and nothing that may be someone else's."""
     for path in Path(output_dir).glob(".checkpoint-*"):
-        if LEFTOVER_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            if (path / STATE_FILE).is_file() or not any(path.iterdir()):
-                remove_checkpoint(path)
+        ours = LEFTOVER_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        if ours and ((path / STATE_FILE).is_file() or not any(path.iterdir())):
+            remove_checkpoint(path)
 
 
 def prune_checkpoints(output_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
@@ -2093,17 +1936,17 @@ def checkpoint_hooks(accelerator: Accelerator, ema_unet: EMAModel | None) -> tup
     return save, load
 
 
-def total_batch_size(args: argparse.Namespace, accelerator: Accelerator) -> int:
+def total_batch_size(args: Namespace, accelerator: Accelerator) -> int:
     """Images per optimiser step, with accumulation and over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def peak_learning_rate(args: argparse.Namespace, accelerator: Accelerator) -> float:
+def peak_learning_rate(args: Namespace, accelerator: Accelerator) -> float:
     """The learning rate after warm-up, with --scale_lr."""
     return args.learning_rate * (total_batch_size(args, accelerator) if args.scale_lr else 1)
 
 
-def run_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+def run_settings(args: Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """What the flags decide about the weights that come out; a checkpoint keeps it, with data and teacher."""
     settings = {name: getattr(args, name) for name, flag in FLAGS.items() if flag.resume != "free"}
     settings |= {"mixed_precision": accelerator.mixed_precision, TOTAL_BATCH: total_batch_size(args, accelerator)}
@@ -2111,7 +1954,7 @@ def run_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str
 
 
 def check_unchanged(
-    checkpoint: Path | None, saved: Mapping[str, Any], settings: Mapping[str, Any], args: argparse.Namespace
+    checkpoint: Path | None, saved: Mapping[str, Any], settings: Mapping[str, Any], args: Namespace
 ) -> None:
     """Raise `UserError` naming all of `settings` that differ from `saved`, or warn with --allow_changed_settings.
 
@@ -2137,7 +1980,7 @@ def check_unchanged(
     logger.warning(f"{message} (--allow_changed_settings).")
 
 
-def read_trainer_state(checkpoint: Path, args: argparse.Namespace) -> RunState:
+def read_trainer_state(checkpoint: Path, args: Namespace) -> RunState:
     """What `save_checkpoint` noted. Raises `UserError` where it is damaged or past --max_train_steps."""
     try:
         saved = json.loads((checkpoint / STATE_FILE).read_text())
@@ -2146,8 +1989,7 @@ def read_trainer_state(checkpoint: Path, args: argparse.Namespace) -> RunState:
         raise UserError(f"{checkpoint}/{STATE_FILE} cannot be read ({first_line(error)}).") from None
     if missing:
         raise UserError(f"{checkpoint}/{STATE_FILE} lacks {', '.join(sorted(missing))}: it is not this script's.")
-    names = [entry.name for entry in dataclasses.fields(RunState)]
-    state = RunState(**{name: saved[name] for name in names if name in saved})
+    state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
     if "sound_steps" not in saved:  # they were not counted once
         state.sound_steps = state.global_step - state.skipped_steps
     if args.max_train_steps is not None and state.global_step > args.max_train_steps:
@@ -2222,9 +2064,7 @@ def load_checkpoint(run: Distillation, checkpoint: Path, learning_rate: float) -
     To be called by every process. Raises `UserError` where it is damaged.
     """
     args, accelerator, optimizer, schedule = run.args, run.accelerator, run.optimizer, run.lr_scheduler.scheduler
-    of_the_flags = [
-        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-    ]
+    of_the_flags = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     saved = json.loads((checkpoint / STATE_FILE).read_text())["settings"]
     parts = {"unet_ema": saved.get("use_ema"), accelerate_utils.SCALER_NAME: saved.get("mixed_precision") == "fp16"}
     if missing := [name for name, there in parts.items() if there and not (checkpoint / name).exists()]:
@@ -2242,8 +2082,7 @@ def load_checkpoint(run: Distillation, checkpoint: Path, learning_rate: float) -
             if torch.is_tensor(moment) and (moment.shape, moment.dtype) == (parameter.shape, parameter.dtype):
                 moments[name] = torch.empty_like(parameter).copy_(moment)
     accelerator.step = 0  # a checkpoint lies between two optimiser steps, whatever the accumulation
-    for group, wanted in zip(optimizer.param_groups, of_the_flags, strict=True):
-        group.update(wanted)
+    optimizer.param_groups[0].update(of_the_flags)
     schedule.base_lrs = [learning_rate]  # the schedule is a function of the step alone
     schedule.last_epoch = run.state.global_step - 1
     schedule.step()
@@ -2288,7 +2127,7 @@ def folder_lock(flag: str, folder: Path, wait: bool) -> Iterator[None]:
 
 
 @contextmanager
-def own_output_dir(args: argparse.Namespace, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
+def own_output_dir(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> Iterator[None]:
     """Keep other runs out of --output_dir, who would take each other's half-written checkpoints for leftovers.
 
     To be called by every process. Raises `UserError` where another one is at work there, or was since `checkpoint` was
@@ -2305,7 +2144,7 @@ def own_output_dir(args: argparse.Namespace, accelerator: Accelerator, checkpoin
                 (folder / probe).touch()
             except (UserError, OSError) as error:
                 problem = str(error)
-        problem, probe = broadcast_object_list([problem, probe])
+        problem, probe = accelerate_utils.broadcast_object_list([problem, probe])
         deadline = time.monotonic() + (0 if problem else SHARED_DISK_SECONDS)
         while not (folder / probe).exists() and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -2351,63 +2190,53 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
     settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25}
     settings |= {"guidance_scale": args.validation_guidance_scale, "callback_on_step_end": look_for_signals}
     images: list[Image.Image] = []
-    for prompt in args.validation_prompts:
-        for _ in range(args.num_validation_images):
-            if run.health.received:
-                raise ImagesGivenUp
-            seed = derived_seed(args.seed, "validation", len(images))
-            generator = torch.Generator(accelerator.device).manual_seed(seed)
-            with torch.no_grad(), accelerator.autocast():
-                images += pipeline(prompt, generator=generator, **settings).images
-    return images
-
-
-def log_validation(run: Distillation, teacher_images: Sequence[Image.Image] = ()) -> list[Image.Image]:
-    """Make the validation images with the student, below the teacher's of the same noise where given.
-
-    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes images. Returns the student's
-    images. For the main process alone.
-    """
-    args, step = run.args, run.state.global_step
-    logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images")
-    images = generate_images(run, run.unet)
-    columns = min(len(images), 8)
-    rows = []
-    for start in range(0, len(images), columns):
-        for part in (teacher_images[start : start + columns], images[start : start + columns]):
-            blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
-            rows += [*part, *blanks] if part else []
-    grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
-    path = Path(args.output_dir) / "validation" / f"step-{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    for tracker in run.accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
+    for prompt in (prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)):
+        if run.health.received:
+            raise ImagesGivenUp
+        seed = derived_seed(args.seed, "validation", len(images))
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        with torch.no_grad(), accelerator.autocast():
+            images += pipeline(prompt, generator=generator, **settings).images
     return images
 
 
 def make_teacher_images(run: Distillation) -> list[Image.Image]:
     """The teacher's validation images; none where it is not loaded. They do not change in a run."""
-    images: list[Image.Image] = []
     if run.args.validation_prompts and run.teacher_unet is not None and run.accelerator.is_main_process:
         with making_images(run):
-            images = generate_images(run, run.teacher_unet)
-    return images
+            return generate_images(run, run.teacher_unet)
+    return []
 
 
 def validate(run: Distillation, teacher_images: Sequence[Image.Image]) -> None:
-    """`log_validation` of the student as it would be saved now, in the main process while the others wait."""
-    ema_unet, unet = run.ema_unet, run.unet
+    """Make images with the student as it would be saved now, below the teacher's of the same noise where given.
+
+    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes images. The main process makes
+    them while the others wait.
+    """
+    args, step, ema_unet, unet = run.args, run.state.global_step, run.ema_unet, run.unet
     if run.accelerator.is_main_process:
+        logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images")
         if ema_unet is not None:
             ema_unet.join()
             ema_unet.store(unet.parameters())
             ema_unet.copy_to(unet.parameters())
         unet.eval()
         with making_images(run):
-            log_validation(run, teacher_images)
+            images = generate_images(run, unet)
+            columns, rows = min(len(images), 8), []
+            for start in range(0, len(images), columns):
+                for part in (teacher_images[start : start + columns], images[start : start + columns]):
+                    blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
+                    rows += [*part, *blanks] if part else []
+            grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
+            path = Path(args.output_dir) / "validation" / f"step-{step}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            for tracker in run.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
         unet.train()
         if ema_unet is not None:
             ema_unet.restore(unet.parameters())
@@ -2456,10 +2285,10 @@ def copy_part(source: Path, target: Path, variant: str | None) -> None:
         logger.info(f"Not handed on of the teacher's {source.name}: {', '.join(left)}")
 
 
-def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target: Path) -> None:
+def write_pipeline(args: Namespace, unet: UNet2DConditionModel, target: Path) -> None:
     """The teacher's pipeline with another U-Net; all other parts as the teacher has them, but for what a flag says."""
     if (folder := model_folder(args.pretrained_model_name_or_path, args.cache_dir, args.revision)) is None:
-        pipeline = single_file_part(args)
+        pipeline = load_component(StableDiffusionPipeline, args)
         pipeline.register_modules(unet=unet)
         pipeline.save_pretrained(target)
     else:
@@ -2480,7 +2309,7 @@ def write_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel, target:
         path.write_text(json.dumps(scheduler | {"prediction_type": args.prediction_type}, indent=2) + "\n")
 
 
-def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
+def save_pipeline(args: Namespace, unet: UNet2DConditionModel) -> None:
     """Write the whole pipeline, its U-Net in float32, load it back and compare: the U-Net's tensors and one pass.
 
     It is written to a hidden folder and moved in place after that, `model_index.json` last. Raises `TrainingError`
@@ -2488,10 +2317,7 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     """
     output_dir = Path(args.output_dir)
     unet = unet.to("cpu", dtype=torch.float32, memory_format=torch.contiguous_format)
-    sample = torch.randn(1, unet.config.in_channels, 8, 8)
-    text = torch.randn(1, 4, text_width(unet.config))
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        expected = unet.eval()(sample, 500, text, return_dict=False)[0]
+    expected = predict_noise(unet.eval())
     if not expected.isfinite().all():
         raise TrainingError("The student's prediction is not finite: nothing is saved.")
     partial = output_dir / ".pipeline.partial"
@@ -2501,9 +2327,8 @@ def save_pipeline(args: argparse.Namespace, unet: UNet2DConditionModel) -> None:
     loaded = DiffusionPipeline.from_pretrained(partial, dtype=torch.float32, use_safetensors=True)
     if not same_weights(unet, loaded.unet):
         raise TrainingError(f"{output_dir}/unet does not hold what was saved: is the disk sound?")
-    with torch.no_grad():
-        found = loaded.unet.eval()(sample, 500, text, return_dict=False)[0]
-    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):  # rounding depends on where in memory weights lie
+    # Not equal: rounding depends on where in memory weights lie.
+    if not torch.allclose(expected, predict_noise(loaded.unet.eval()), rtol=1e-4, atol=1e-5):
         raise TrainingError(f"{output_dir}/unet computes something else than the trained student.")
     for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "model_index.json"):
         data.put_in_place(entry, output_dir / entry.name, partial / f"{entry.name}.removed")
@@ -2620,9 +2445,8 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
         loaded = {}
         if "single_file" in kinds:
             save_file(original_layout(pipeline), single, metadata=model_spec(pipeline, single.stem))
-            loaded["single_file"] = StableDiffusionPipeline.from_single_file(
-                str(single), config=str(folder), dtype=torch.float16
-            )
+            settings = {"config": str(folder), "dtype": torch.float16}
+            loaded["single_file"] = StableDiffusionPipeline.from_single_file(str(single), **settings)
         if "fp16" in kinds:
             pipeline.save_pretrained(partial, variant="fp16")
             loaded["fp16"] = DiffusionPipeline.from_pretrained(partial, variant="fp16", **half)
@@ -2647,34 +2471,60 @@ def export_pipeline(folder: Path, kinds: Sequence[str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def loss_formula(args: argparse.Namespace) -> str:
+def loss_formula(args: Namespace) -> str:
     """The loss as it is weighted, for messages and the card."""
     return f"{args.task_weight:g} * task + {args.output_weight:g} * output + {args.feature_weight:g} * feature"
 
 
-def describe_data(args: argparse.Namespace) -> str:
-    """What the student was trained on, for the card's sentence."""
+def save_model_card(
+    args: Namespace,
+    repo_id: str,
+    images: list[Image.Image] | None = None,
+    repo_folder: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    license: str = "creativeml-openrail-m",
+) -> None:
+    """Write `repo_folder/README.md`: what the model is, how it was made, how to load it.
+
+    `images` go in as one grid; `facts` (parameter counts, final losses, ...) as a table.
+    """
+    folder, prompts, grid = Path(repo_folder or args.output_dir), args.validation_prompts or [], ""
+    row = DISTILL_LEVELS[args.distill_level]
     source = args.dataset_name or "a local folder of captioned images"
     if is_teacher_made(args):
         source = "latents that the teacher made of captions, without any image"
     if args.random_conditioning:
         source += ", part of them conditioned on other captions (random conditioning, arXiv 2504.02011)"
-    return source
-
-
-MODEL_CARD = """---
-{header}
+    if images:
+        make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
+        grid = f"\n![Images of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {'; '.join(prompts)}\n"
+    local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name", "caption_pool")
+    places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
+    shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
+    hidden = ("output_dir", "cache_dir", "logging_dir")
+    header = huggingface_hub.ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=None if TEACHER in places else args.pretrained_model_name_or_path,
+        datasets=[args.dataset_name] if args.dataset_name and "dataset_name" not in places else None,
+        tags=["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "knowledge-distillation"],
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items())
+    settings = "\n".join(f"- `{name}`: {value}" for name, value in shown.items() if name not in hidden)
+    text = f"""---
+{header.to_yaml()}
 ---
 
 # {repo_id}
 
-A Stable Diffusion pipeline whose U-Net was pruned ({level}, {paper_name} in the BK-SDM paper) and
-distilled from **{teacher}** on {dataset}, with
-`loss = {loss}`.
+A Stable Diffusion pipeline whose U-Net was pruned ({args.distill_level}, {row.paper_name} in the BK-SDM paper) and
+distilled from **{shown[TEACHER]}** on {source}, with
+`loss = {loss_formula(args)}`.
 {grid}
 | | |
 |---|---|
-{facts}
+{table}
 
 ## Use
 
@@ -2683,7 +2533,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}", dtype=torch.float16).to("cuda")
-image = pipeline({prompt}).images[0]
+image = pipeline({json.dumps((prompts or ["a photo of a cat"])[0])}).images[0]
 image.save("image.png")
 ```
 
@@ -2700,50 +2550,7 @@ CreativeML Open RAIL-M, with its use restrictions.
 
 [BK-SDM: A Lightweight, Fast, and Cheap Version of Stable Diffusion](https://arxiv.org/abs/2305.15798)
 """
-
-
-def save_model_card(
-    args: argparse.Namespace,
-    repo_id: str,
-    images: list[Image.Image] | None = None,
-    repo_folder: str | None = None,
-    facts: Mapping[str, Any] | None = None,
-    license: str = "creativeml-openrail-m",
-) -> None:
-    """Write `repo_folder/README.md`: what the model is, how it was made, how to load it.
-
-    `images` go in as one grid; `facts` (parameter counts, final losses, ...) as a table.
-    """
-    folder, prompts, grid = Path(repo_folder or args.output_dir), args.validation_prompts or [], ""
-    if images:
-        make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
-        grid = f"\n![Images of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {'; '.join(prompts)}\n"
-    local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name", "caption_pool")
-    places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
-    shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
-    hidden = ("output_dir", "cache_dir", "logging_dir")
-    header = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model=None if TEACHER in places else args.pretrained_model_name_or_path,
-        datasets=[args.dataset_name] if args.dataset_name and "dataset_name" not in places else None,
-        tags=["stable-diffusion", "text-to-image", "diffusers", "diffusers-training", "knowledge-distillation"],
-    )
-    text = MODEL_CARD.format(
-        header=header.to_yaml(),
-        repo_id=repo_id,
-        level=args.distill_level,
-        paper_name=DISTILL_LEVELS[args.distill_level].paper_name,
-        teacher=shown[TEACHER],
-        dataset=describe_data(args),
-        loss=loss_formula(args),
-        grid=grid,
-        facts="\n".join(f"| {name} | {value} |" for name, value in (facts or {}).items()),
-        prompt=json.dumps((prompts or ["a photo of a cat"])[0]),
-        settings="\n".join(f"- `{name}`: {value}" for name, value in shown.items() if name not in hidden),
-    )
-    ModelCard(text).save(folder / "README.md")
+    huggingface_hub.ModelCard(text).save(folder / "README.md")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -2755,7 +2562,7 @@ INTERPOLATIONS = [mode.name.lower() for mode in InterpolationMode]
 SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not SchedulerType.PIECEWISE_CONSTANT]
 TASK_WEIGHT = "Weight of the task term; default: 1, of latents that the teacher made 0."
 EMPTY_PROMPTS = "Share of captions left empty; 0 only for use without guidance."
-SEEDS = data.Bound("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+SEEDS = data.between(0, 2**32 - 1)
 
 FLAG_GROUPS: dict[str, list[Flag]] = {
     "models": [
@@ -2860,26 +2667,19 @@ REFUSED_FLAGS = {
 }
 
 
-class RefusedFlag(argparse.Action):
-    """Takes a flag that other training scripts have, to answer with its replacement."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        namespace.refused = [*getattr(namespace, "refused", []), f"{option_string} {REFUSED_FLAGS[option_string]}."]
-
-
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     """The settings of a run. Every mistake that the flags alone show is printed, and the exit code is 2."""
     usage = "accelerate launch distill_training.py --pretrained_model_name_or_path MODEL [options]"
     given = sys.argv[1:] if input_args is None else input_args
-    if any(word.partition("=")[0] == "--export_from" for word in given):
+    names = [word.partition("=")[0] for word in given]
+    if "--export_from" in names:
         return parse_export(given)
     parser = data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage)
-    parser.set_defaults(refused=[])
     for name in REFUSED_FLAGS:
-        parser.add_argument(name, action=RefusedFlag, nargs="?", dest="refused", help=argparse.SUPPRESS)
-    args = parser.parse_args(input_args)
+        parser.add_argument(name, nargs="?", dest="refused", help=SUPPRESS)
+    args = parser.parse_args(given)
     try:
-        problems = args.refused + validate_args(args)
+        problems = [f"{name} {REFUSED_FLAGS[name]}." for name in names if name in REFUSED_FLAGS] + validate_args(args)
     except OSError as error:  # such as a name that is too long, in whatever flag
         problems = [f"A path cannot be used: {error}."]
     del args.refused
@@ -2890,13 +2690,13 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def is_teacher_made(args: argparse.Namespace) -> bool:
+def is_teacher_made(args: Namespace) -> bool:
     """Whether the training data are latents that the teacher made, now or for another run."""
     latents = data.latents_of(Path(args.train_data_dir)) if args.train_data_dir else None
     return args.teacher_latents is not None or (latents or {}).get("maker") == TEACHER_MADE
 
 
-def parse_export(given: Sequence[str]) -> argparse.Namespace:
+def parse_export(given: Sequence[str]) -> Namespace:
     """The two flags of a call that only exports. Ends as `parse_args` does."""
     usage = "python distill_training.py --export KIND [KIND] --export_from FOLDER"
     parser = data.make_parser({"export": [FLAGS["export"], FLAGS["export_from"]]}, "Export a saved pipeline.", usage)
@@ -2912,7 +2712,7 @@ def parse_export(given: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def validate_args(args: argparse.Namespace) -> list[str]:
+def validate_args(args: Namespace) -> list[str]:
     """What is wrong with the settings, one sentence each, without loading or downloading anything."""
     problems = data.bound_problems(FLAGS.values(), args)
     if args.resolution >= 1 and args.resolution % 8:
@@ -2965,13 +2765,10 @@ def model_path_problems(name: str, source: str | None) -> list[str]:
     return []
 
 
-def data_problems(args: argparse.Namespace) -> list[str]:
+def data_problems(args: Namespace) -> list[str]:
     """What is wrong with the choice of training data."""
     problems, cache = pool_problems(args), args.latents_cache_dir
-    sources = [
-        name for name in ("dataset_name", "train_data_dir", "teacher_latents") if getattr(args, name) is not None
-    ]
-    if len(sources) != 1:
+    if [args.dataset_name, args.train_data_dir, args.teacher_latents].count(None) != 2:
         problems.append("Give exactly one of --dataset_name, --train_data_dir and --teacher_latents.")
     if args.streaming and args.train_data_dir is not None:
         problems.append("--streaming goes with --dataset_name only: local data is read in place anyway.")
@@ -3001,11 +2798,10 @@ def data_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def pool_problems(args: argparse.Namespace) -> list[str]:
+def pool_problems(args: Namespace) -> list[str]:
     """What is wrong with the flags on captions without images, and with the weights that go with them."""
     painted, pool = args.teacher_latents is not None, Path(args.caption_pool or ".")
-    of_images = ("streaming", "max_train_samples", "cache_latents", "random_flip", "center_crop")
-    of_images += ("image_interpolation_mode",)
+    of_images = "streaming max_train_samples cache_latents random_flip center_crop image_interpolation_mode".split()
     of_latents = [name for name in FLAGS if name.startswith("teacher_latents_")]
     names, rule = (of_images, "has no meaning with") if painted else (of_latents, "needs")
     problems = [f"--{name} {rule} --teacher_latents." for name in names if getattr(args, name) != FLAGS[name].default]
@@ -3026,7 +2822,7 @@ def pool_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def output_problems(args: argparse.Namespace) -> list[str]:
+def output_problems(args: Namespace) -> list[str]:
     """Why `--output_dir` cannot be written to without losing something that is there."""
     folder = Path(args.output_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -3043,10 +2839,8 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     if resumed is not None and resumed.resolve().parent == folder.resolve():
         return []
     if checkpoints := list_checkpoints(folder):
-        return [
-            f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): go on with "
-            "--resume_from_checkpoint latest, or choose another folder."
-        ]
+        go_on = "go on with --resume_from_checkpoint latest, or choose another folder."
+        return [f"--output_dir {folder} holds another run's checkpoints ({checkpoints[-1].name}): {go_on}"]
     if cut := [path.name for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]:
         return [f"--output_dir {folder} holds {cut[0]}, which is no whole checkpoint (no {STATE_FILE}): move it away."]
     if (folder / "model_index.json").exists():
@@ -3055,13 +2849,12 @@ def output_problems(args: argparse.Namespace) -> list[str]:
     if not (settings.is_file() and '"distill_level"' in settings.read_text()):  # else it is a run's that stopped early
         written = ("README.md", "args.json", "val_imgs_grid.png", "validation", "unet", "vae", "text_encoder")
         written += ("tokenizer", "scheduler", "safety_checker", "feature_extractor")
-        for name in written:
-            if (folder / name).exists():
-                return [f"--output_dir {folder} holds {name}, which is not from a run of this script: choose another."]
+        if name := next((name for name in written if (folder / name).exists()), None):
+            return [f"--output_dir {folder} holds {name}, which is not from a run of this script: choose another."]
     return []
 
 
-def public_args(args: argparse.Namespace) -> dict[str, Any]:
+def public_args(args: Namespace) -> dict[str, Any]:
     """The settings without secrets, for files, trackers and the model card."""
     return {key: value for key, value in vars(args).items() if key != "hub_token"}
 
@@ -3076,8 +2869,8 @@ ENGINE_REFUSED = (
 )
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate as a run needs it. Raises `UserError` for what it is configured for and cannot be had."""
+def make_accelerator(args: Namespace) -> Accelerator:
+    """accelerate as a run needs it. Raises `UserError` for what cannot be had, a tracker without a login among it."""
     name, flag = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps
     accelerator = Accelerator(
         gradient_accumulation_plugin=accelerate_utils.GradientAccumulationPlugin(num_steps=flag),  # over the variable
@@ -3104,10 +2897,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise UserError(f"--mixed_precision must be one of {known}; accelerate is configured for {precision}.")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: choose bf16 or no on a CPU.")
+    if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
+        data.check_wandb("--report_to wandb")
     return accelerator
 
 
-def make_optimizer(args: argparse.Namespace, unet: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(args: Namespace, unet: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW over the student's parameters, fused where the device has it, or in 8 bits."""
     betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     settings = {"lr": learning_rate, "betas": betas, "weight_decay": decay, "eps": args.adam_epsilon}
@@ -3119,7 +2914,7 @@ def make_optimizer(args: argparse.Namespace, unet: nn.Module, learning_rate: flo
     return torch.optim.AdamW(unet.parameters(), fused=fused, **settings)
 
 
-def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+def make_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate's schedule. Raises `UserError` where its library refuses it."""
     steps = args.max_train_steps or args.lr_warmup_steps + 1  # where it is not known yet
     try:
@@ -3134,22 +2929,13 @@ def make_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) ->
         raise UserError(f"--lr_scheduler {args.lr_scheduler} with a learning rate of {rate}: {error}.") from None
 
 
-def check_schedule(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def check_schedule(args: Namespace, accelerator: Accelerator) -> None:
     """Raise `UserError` for a schedule that its library refuses."""
     make_schedule(args, torch.optim.SGD([torch.zeros(1)], peak_learning_rate(args, accelerator)))
 
 
-def check_libraries(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Raise `UserError` for what only the libraries know: a schedule that they refuse, a tracker without a login."""
-    check_schedule(args, accelerator)
-    if args.report_to in ("wandb", "all") and accelerator.is_main_process and importlib.util.find_spec("wandb"):
-        data.check_wandb("--report_to wandb")
-
-
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
     """Start --report_to's trackers, if any. Raises `UserError` where one cannot be started."""
-    if args.report_to == "none":
-        return
     config = {key: value for key, value in public_args(args).items() if isinstance(value, (int, float, str))}
     try:
         accelerator.init_trackers(args.tracker_project_name, config=config)
@@ -3158,7 +2944,7 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def make_run(
-    args: argparse.Namespace,
+    args: Namespace,
     accelerator: Accelerator,
     components: Components,
     state: RunState,
@@ -3180,11 +2966,10 @@ def make_run(
             model.to(memory_format=torch.channels_last)  # 8-bit Adam's first step would put the student back
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # 2. EMA, optimiser and schedule.
+    # 2. EMA and optimiser.
     ema_unet = StudentEMA(unet, args.ema_decay, args.offload_ema) if args.use_ema else None
     learning_rate, steps = peak_learning_rate(args, accelerator), args.max_train_steps
     optimizer = make_optimizer(args, unet, learning_rate)
-    lr_scheduler = make_schedule(args, optimizer)
     # 3. Feature taps, before the first call of either U-Net; then compile, in place, which leaves names as they are.
     student_tap = teacher_tap = None
     if args.feature_weight > 0:
@@ -3199,8 +2984,8 @@ def make_run(
         for model in filter(None, (vae.encoder if encodes else None, unet, teacher_unet)):
             model.compile(dynamic=False)  # shapes kept apart: from block to block they differ
         loss_function = torch.compile(distillation_loss, dynamic=False)
-    # 4. Prepare, and resume.
-    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    # 4. The schedule; prepare, and resume.
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, make_schedule(args, optimizer))
     save_hook, load_hook = checkpoint_hooks(accelerator, ema_unet)
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
@@ -3252,9 +3037,7 @@ def read_health(run: Distillation, metrics: MetricLog, wait: bool) -> None:
             raise TrainingError(f"{stopped} ({broken}; --max_bad_steps {limit}); {run.health.where_to_resume()}.")
 
 
-def train(
-    run: Distillation, dataset: DistillationDataset | StreamingDataset
-) -> tuple[dict[str, float], Tensor, float]:
+def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], Tensor, float]:
     """The training loop: the last metrics (see `MetricLog.means`), `counts`, and steps per second.
 
     It ends early where `run.health` has a signal to stop. Raises `TrainingError` where too many steps are skipped.
@@ -3320,10 +3103,8 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     args, accelerator, output_dir, state = run.args, run.accelerator, Path(run.args.output_dir), run.state
     if state.global_step > 0 and state.sound_steps == 0:
         advice = " Train longer, or in bf16." if state.scaler_skips else ""
-        raise TrainingError(
-            f"None of the {state.global_step} steps was sound ({state.scaler_skips} skipped by the loss scaler): the "
-            f"student is as it was pruned, and nothing is saved.{advice}"
-        )
+        none = f"None of the {state.global_step} steps was sound ({state.scaler_skips} skipped by the loss scaler)"
+        raise TrainingError(f"{none}: the student is as it was pruned, and nothing is saved.{advice}")
     check_finite(run.unet, run.health)
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False, keep_torch_compile=False)
@@ -3347,33 +3128,29 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     accelerator.wait_for_everyone()
 
 
-def make_hub_repo(args: argparse.Namespace, accelerator: Accelerator) -> str:
+def make_hub_repo(args: Namespace, accelerator: Accelerator) -> str:
     """The repository's name; with --push_to_hub it is there then. Raises `UserError` where it cannot be made."""
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     if args.push_to_hub and accelerator.is_main_process:
         try:
-            repo_id = create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
+            repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True, token=args.hub_token).repo_id
         except Exception as error:  # not logged in, out of reach, no such user, ...
             raise UserError(f"--push_to_hub: {repo_id} cannot be made on the hub: {first_line(error)}") from error
     return repo_id
 
 
-def push_to_hub(args: argparse.Namespace, repo_id: str) -> None:
+def push_to_hub(args: Namespace, repo_id: str) -> None:
     """Upload the pipeline, its card and its exports, and nothing else of the output folder."""
-    single = "single_file" in (args.export or ())
     index = json.loads((Path(args.output_dir) / "model_index.json").read_text())
-    written = [
-        "README.md",
-        "val_imgs_grid.png",
-        "model_index.json",
-        *([f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors"] if single else []),
-        *(f"{name}/*" for name in index if name[0] != "_"),
-    ]
+    parts = [f"{name}/*" for name in index if name[0] != "_"]
+    written = ["README.md", "val_imgs_grid.png", "model_index.json", *parts]
+    if "single_file" in (args.export or ()):
+        written.append(f"{glob.escape(Path(args.output_dir).resolve().name)}.safetensors")
     upload = {"folder_path": args.output_dir, "commit_message": "End of training", "token": args.hub_token}
-    upload_folder(repo_id=repo_id, allow_patterns=written, **upload)
+    huggingface_hub.upload_folder(repo_id=repo_id, allow_patterns=written, **upload)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     """One run: build or resume the student, train it, save the pipeline. `args` are `parse_args`'s.
 
     Raises `UserError` and `TrainingError` (see there).
@@ -3397,7 +3174,7 @@ def main(args: argparse.Namespace) -> None:
     if args.seed is None:
         # What is cached depends on the seed (crops, the choice of samples): a drawn one would never find it again.
         seed = 0 if args.cache_latents else secrets.randbelow(2**31)
-        args.seed = broadcast_object_list([state.settings.get("seed", seed)])[0]
+        args.seed = accelerate_utils.broadcast_object_list([state.settings.get("seed", seed)])[0]
         origin = "as in the checkpoint" if checkpoint else "of --cache_latents" if args.cache_latents else "drawn"
         logger.info(f"Seed {args.seed} ({origin})")
     settings = run_settings(args, accelerator)
@@ -3405,7 +3182,7 @@ def main(args: argparse.Namespace) -> None:
     accelerate_utils.set_seed(args.seed)
 
     # 3. What is read before any weights: configs, tokenizer, data; and the repository that is uploaded to.
-    check_libraries(args, accelerator)
+    check_schedule(args, accelerator)
     teacher_config = check_teacher(args)
     tokenizer = load_component(CLIPTokenizer, args, subfolder="tokenizer")
     check_text_encoder(args, tokenizer, teacher_config)
@@ -3418,18 +3195,16 @@ def main(args: argparse.Namespace) -> None:
 
     # 4. The models, and whether data and teacher are those that the checkpoint was made with.
     components = load_components(args, teacher_config, tokenizer, noise_scheduler)
-    unet, vae = components.unet, components.vae
     with torch.device("meta"):
         of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
-    of_student = count_parameters(unet)
+    of_student, vae = count_parameters(components.unet), components.vae
     latents = getattr(dataset.rows, "latents", None)
     pool = make_caption_pool(args, dataset, tokenizer, accelerator)
     contents = describe_contents(dataset, pool, components, teacher_config, args, accelerator.num_processes)
     same_vae = (contents["teacher's VAE"], vae.config.scaling_factor)
     if latents and (latents["vae"], latents["scaling_factor"]) != same_vae:
-        raise UserError(
-            f"--train_data_dir {args.train_data_dir} holds latents of another VAE than that of --{TEACHER}."
-        )
+        of_another = f"holds latents of another VAE than that of --{TEACHER}."
+        raise UserError(f"--train_data_dir {args.train_data_dir} {of_another}")
     check_unchanged(checkpoint, state.settings, contents, args)
     state.settings = settings | contents
     if state.global_step > args.max_train_steps:

@@ -204,7 +204,7 @@ def test_what_came_in_between_is_kept(
     tmp_path: Path, teacher: Path, shards: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
 ) -> None:
     """Another run ends, or saves for the last time, while this one still loads its models."""
-    output, load = tmp_path / "out", dt.load_unets
+    output, load = tmp_path / "out", dt.load_components
     settings = {**SETTINGS, "max_train_steps": STEPS} | ({"resume_from_checkpoint": "latest"} if resumes else {})
     if resumes:
         shutil.copytree(reference / "checkpoint-1", output / "checkpoint-1")
@@ -217,7 +217,7 @@ def test_what_came_in_between_is_kept(
             (output / "model_index.json").write_text("{}")
         return load(*args)
 
-    monkeypatch.setattr(dt, "load_unets", load_slowly)
+    monkeypatch.setattr(dt, "load_components", load_slowly)
     with pytest.raises(dt.UserError, match=f"Another run has written to --output_dir {output} since this one began"):
         train(teacher, shards, output, **settings)
     assert {path.name for path in output.iterdir()} - {".lock"} == (
