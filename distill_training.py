@@ -1146,7 +1146,7 @@ def ignore_signals(_worker: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 # The caption pool: captions without images, for random conditioning and for latents made by the teacher.
 
-TOKENIZED_AT_ONCE = 4096
+TOKENIZED_AT_ONCE, TOKENS = 4096, "tokens.*.uint16"  # a digest of its content in the name
 
 
 class CaptionPool(Sequence):
@@ -1165,9 +1165,8 @@ class CaptionPool(Sequence):
         return CaptionPool, (self.path, self.ids.shape[1])
 
     def fingerprint(self) -> str:
-        """What tells whether a resumed run has the same captions: their number, with a digest of 256 of them."""
-        some = self.ids[np.linspace(0, len(self) - 1, min(len(self), 256)).astype(int)]
-        return f"{len(self)} captions ({hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()})"
+        """Their number and digest: what tells whether a resumed run, or latents made of them, have the same ones."""
+        return f"{len(self)} captions ({self.path.name.split('.')[1]})"
 
 
 def make_caption_pool(
@@ -1188,17 +1187,27 @@ def make_caption_pool(
         texts, fingerprint = map(rows.caption, range(len(rows))), rows.fingerprint()
     else:
         texts, fingerprint = iter(rows[dataset.columns[1]]), rows._fingerprint
-    facts = fingerprint, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length
+    if len(tokenizer) > 2**16:
+        raise UserError(f"--{TEACHER}: its tokenizer has {len(tokenizer):,} tokens; of captions 16 bits are kept.")
+    probe = tokenize_captions(["", "Two cafés, 3 o'clock"], tokenizer, random.Random()).tolist()  # padding, spelling
+    facts = fingerprint, sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, probe
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
-    path = latents_folder(args) / f"captions-{digest}" / "tokens.uint16"
+    folder = latents_folder(args) / f"captions-{digest}"
     if accelerator.is_main_process:
-        with folder_lock("latents_cache_dir", path.parent, True):
-            if not path.exists():
-                tokenize_pool(texts, tokenizer, path)
+        with folder_lock("latents_cache_dir", folder, True):
+            if not list(folder.glob(TOKENS)):
+                try:
+                    tokenize_pool(texts, tokenizer, folder)
+                except OSError as error:
+                    goes_on = "where the disk was full, make room, and the same command goes on"
+                    raise TrainingError(
+                        f"Captions cannot be read, or kept in {folder}: {error}; {goes_on}."
+                    ) from error
     accelerator.wait_for_everyone()
-    if any_process(accelerator, not path.exists()):
-        raise TrainingError(f"{path} is not there everywhere: all machines must share it (--latents_cache_dir).")
-    pool = CaptionPool(path, tokenizer.model_max_length)
+    found = list(folder.glob(TOKENS))
+    if any_process(accelerator, not found):
+        raise TrainingError(f"{folder} is not there everywhere: all machines must share it (--latents_cache_dir).")
+    pool = CaptionPool(found[0], tokenizer.model_max_length)
     if len(pool) < (args.teacher_latents or 1):
         raise UserError(f"--teacher_latents {args.teacher_latents} is more than --caption_pool has: {len(pool):,}.")
     dataset.prepare["pool"] = pool if args.random_conditioning else None
@@ -1212,13 +1221,14 @@ def choose_captions(args: Namespace, size: int) -> list[str]:
     wanted = set(chosen)
     pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
     usable = enumerate(caption for text in pool for caption in usable_captions(text))
-    texts = {number: caption for number, caption in usable if number in wanted}
+    progress = tqdm(itertools.islice(usable, max(wanted) + 1), "Choosing", max(wanted) + 1, unit=" captions")
+    texts = {number: caption for number, caption in progress if number in wanted}
     return [texts[number] for number in chosen]
 
 
-def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, path: Path) -> None:
+def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the token ids of all usable captions; what is there of an earlier try is gone on from."""
-    partial, row, left_out = data.hidden(path), 2 * tokenizer.model_max_length, 0
+    partial, row, left_out = folder / ".tokens.part", 2 * tokenizer.model_max_length, 0
     done = partial.stat().st_size // row if partial.exists() else 0
 
     def captions() -> Iterator[str]:
@@ -1228,7 +1238,7 @@ def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, path: Path) ->
             left_out += not usable
             yield from usable
 
-    logger.info(f"Tokenising captions into {path}, {row} bytes for each")
+    logger.info(f"Tokenising captions into {folder}, {row} bytes for each")
     with open(partial, "ab") as file, tqdm(desc="Tokenising", unit=" captions", initial=done) as progress:
         file.truncate(done * row)
         remaining = itertools.islice(captions(), done, None)
@@ -1239,7 +1249,9 @@ def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, path: Path) ->
     logger.info(f"The pool has {kept:,} captions; left out: {left_out:,} samples without one that can be used")
     if kept == 0:
         raise UserError("The caption pool holds no caption that can be used (--caption_pool).")
-    data.put_in_place(partial, path)
+    with open(partial, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    data.put_in_place(partial, folder / TOKENS.replace("*", digest))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1312,8 +1324,8 @@ def complete_latents(folder: Path, wanted: LatentShards, args: Namespace, accele
             with suppress(UserError, OSError):  # cut, or not there
                 entry = data.entry_of(folder / f"{data.shard_name(number)}.tar")
                 entries |= {number: json.dumps(entry)} if entry["count"] == len(rows) else {}
-    finished, free = accelerate_utils.broadcast_object_list([set(entries), free])
-    missing = {number: rows for number, rows in shards.items() if number not in finished}
+    entries, free = accelerate_utils.broadcast_object_list([entries, free])
+    missing = {number: rows for number, rows in shards.items() if number not in entries}
     images, numbers = sum(map(len, missing.values())), math.prod(latents_shape(wanted.vae, args))
     needed = images * (wanted.facts["variants"] * 4 * numbers + 2048)  # mean and deviation; headers, captions
     takes, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
@@ -1336,6 +1348,9 @@ def complete_latents(folder: Path, wanted: LatentShards, args: Namespace, accele
                 progress.update()
             made[number] = json.dumps(data.write_shard(folder, data.shard_name(number), samples))
     entries |= dict(accelerate_utils.gather_object(list(made.items())))
+    broken = sum(json.loads(entry)["image_bytes"].count(0) for entry in entries.values())
+    if args.teacher_latents and broken > 0.01 * size:  # over all processes, and all runs that made a part
+        raise TrainingError(f"{broken} of the teacher's {size} latents are not finite, even in float32: stopped.")
     if accelerator.is_main_process:
         head = {"format": data.FORMAT, "complete": True, "latents": wanted.facts}
         data.write_manifest(folder, head, [entries[number] for number in shards])
@@ -1433,7 +1448,8 @@ def encode_batch(
 def sampling_pipeline(components: Components, unet: nn.Module) -> StableDiffusionPipeline:
     """The pipeline with this U-Net and DPM-Solver++, which makes images and the teacher's latents."""
     config = components.noise_scheduler.config
-    scheduler = DPMSolverMultistepScheduler.from_config(config, prediction_type=config.prediction_type)
+    kind = {"prediction_type": config.prediction_type, "algorithm_type": "dpmsolver++"}  # which draws nothing itself
+    scheduler = DPMSolverMultistepScheduler.from_config(config, **kind)
     parts = components.vae, components.text_encoder, components.tokenizer, unet, scheduler
     pipeline = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)  # no checker, no extractor
     pipeline.set_progress_bar_config(disable=True)
@@ -2492,16 +2508,23 @@ def save_model_card(
     row = DISTILL_LEVELS[args.distill_level]
     source = args.dataset_name or "a local folder of captioned images"
     if is_teacher_made(args):
-        source = "latents that the teacher made of captions, without any image"
+        made = vars(args) if args.teacher_latents else data.latents_of(Path(args.train_data_dir))["settings"]
+        how = f"{made['teacher_latents_steps']} steps, guidance {made['teacher_latents_guidance_scale']:g}"
+        source = f"latents that the teacher made of {made['teacher_latents']:,} captions ({how}), without any image"
+    swapped = ""
     if args.random_conditioning:
-        source += ", part of them conditioned on other captions (random conditioning, arXiv 2504.02011)"
+        swapped = f"""
+In training a caption was at times replaced by another, for teacher and student alike, most often where there is most
+noise: [random conditioning](https://arxiv.org/abs/2504.02011), lambda {args.random_conditioning:g}.
+"""
     if images:
         make_image_grid(images, rows=1, cols=len(images)).save(folder / "val_imgs_grid.png")
         grid = f"\n![Images of the validation prompts](./val_imgs_grid.png)\n\nPrompts: {'; '.join(prompts)}\n"
     local = (TEACHER, STUDENT, "single_file_config", "train_data_dir", "dataset_name", "caption_pool")
     places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
     shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
-    hidden = ("output_dir", "cache_dir", "logging_dir")
+    unused = [name for name in FLAGS if name.startswith("teacher_latents_") and args.teacher_latents is None]
+    hidden = ("output_dir", "cache_dir", "logging_dir", *unused)
     header = huggingface_hub.ModelCardData(
         license=license,
         library_name="diffusers",
@@ -2521,7 +2544,7 @@ def save_model_card(
 A Stable Diffusion pipeline whose U-Net was pruned ({args.distill_level}, {row.paper_name} in the BK-SDM paper) and
 distilled from **{shown[TEACHER]}** on {source}, with
 `loss = {loss_formula(args)}`.
-{grid}
+{swapped}{grid}
 | | |
 |---|---|
 {table}
@@ -2781,7 +2804,8 @@ def data_problems(args: Namespace) -> list[str]:
     if cache is not None and Path(cache).is_file():
         problems.append(f"--latents_cache_dir {cache} is a file, not a folder.")
     folder = Path(args.train_data_dir or ".")
-    if args.caption_extension and (args.dataset_name or data.shards_in(folder)):
+    folders = [Path(path) for path in (args.train_data_dir, args.caption_pool) if path is not None]
+    if args.caption_extension and not any(path.is_dir() and not data.shards_in(path) for path in folders):
         problems.append("--caption_extension is of text files beside images: neither shards nor datasets have them.")
     if not folder.is_dir():
         problems.append(f"--train_data_dir {folder} is not a folder.")
@@ -2802,6 +2826,7 @@ def pool_problems(args: Namespace) -> list[str]:
     """What is wrong with the flags on captions without images, and with the weights that go with them."""
     painted, pool = args.teacher_latents is not None, Path(args.caption_pool or ".")
     of_images = "streaming max_train_samples cache_latents random_flip center_crop image_interpolation_mode".split()
+    of_images += ["image_column"] + (["caption_column"] if pool.is_file() else [])
     of_latents = [name for name in FLAGS if name.startswith("teacher_latents_")]
     names, rule = (of_images, "has no meaning with") if painted else (of_latents, "needs")
     problems = [f"--{name} {rule} --teacher_latents." for name in names if getattr(args, name) != FLAGS[name].default]
@@ -3223,12 +3248,14 @@ def main(args: Namespace) -> None:
 
         # 6. Say what is about to happen, and write down the settings.
         first_step, fewer = state.global_step, 1 - of_student / of_teacher
+        pool_source = f"{args.caption_pool or 'the data'}, --random_conditioning {args.random_conditioning:g}"
         plan = {
             "Teacher": f"{args.pretrained_model_name_or_path}, {of_teacher:,} parameters in its U-Net",
             "Student": f"{args.distill_level}, {of_student:,} parameters ({fewer:.1%} fewer)",
             "Loss": loss_formula(args),
             "Feature pairs (teacher-student)": ", ".join(n.partition("/")[2] for n in run.metric_names()[4:])
             or "none",
+            **({} if pool is None else {"Caption pool": f"{len(pool):,} captions of {pool_source}"}),
             "Training samples": "a stream" if isinstance(dataset, StreamingDataset) else f"{len(dataset):,}",
             "Images per process and micro-batch": args.train_batch_size,
             "Images per optimiser step (with accumulation and all processes)": total_batch,
@@ -3255,7 +3282,7 @@ def main(args: Namespace) -> None:
             # 8. Save the pipeline, check it, describe it, share it.
             counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
             facts = {"Teacher's U-Net": f"{of_teacher:,} parameters", "Student's U-Net": f"{of_student:,} parameters"}
-            facts |= {"Optimiser steps": f"{args.max_train_steps:,} of {total_batch} images", **final}
+            facts |= {"Optimiser steps": f"{args.max_train_steps:,} of {total_batch} samples", **final}
             finish_run(run, repo_id, facts)
         if args.push_to_hub and accelerator.is_main_process:  # which a signal may end
             push_to_hub(args, repo_id)

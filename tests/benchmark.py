@@ -522,10 +522,9 @@ def training_variants(
 
 def caption_pool(folder: Path, tokenizer: CLIPTokenizer) -> dt.CaptionPool:
     """Ten thousand captions, tokenised."""
-    path = folder / "tokens.uint16"
-    if not path.exists():
-        dt.tokenize_pool((f"a view of number {number}" for number in range(10_000)), tokenizer, path)
-    return dt.CaptionPool(path, tokenizer.model_max_length)
+    if not list(folder.glob(dt.TOKENS)):
+        dt.tokenize_pool((f"a view of number {number}" for number in range(10_000)), tokenizer, folder)
+    return dt.CaptionPool(next(folder.glob(dt.TOKENS)), tokenizer.model_max_length)
 
 
 def warm_up(variants: Mapping[str, Variant], run: dt.Distillation, steps: int) -> dict[str, Variant]:

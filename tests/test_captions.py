@@ -150,7 +150,7 @@ def test_tokenising_goes_on_after_a_kill(
     assert 0 < len(kept) < 400 * 32
     again = launcher.start(line, tmp_path / "log2")
     assert again.wait() == [0], again.log()
-    (path,) = (tmp_path / "cache").rglob("tokens.uint16")
+    (path,) = (tmp_path / "cache").rglob(dt.TOKENS)
     assert path.read_bytes() == token_ids(source.read_text().splitlines()).astype(np.uint16).tobytes()
     assert f"{len(kept) // 32} captions" in again.log() or f" {len(kept) // 32}" in again.log()
 
@@ -383,7 +383,8 @@ def test_task_has_no_weight_on_the_teachers_latents(
     train(teacher, manifest.parent, tmp_path / "again", **settings)
     assert_equal(*(unet_weights(tmp_path / name / "unet") for name in ("out", "again")))
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "on latents that the teacher made of captions, without any image" in card
+    assert "on latents that the teacher made of 6 captions (2 steps, guidance 7.5), without any image" in card
+    assert "teacher_latents_steps" not in card  # what the run did not make
     assert "`loss = 0 * task + 0.5 * output + 0.5 * feature`" in card
     assert dt.parse_args(flags(teacher, manifest.parent, tmp_path / "x", task_weight=1)).task_weight == 1
 
