@@ -177,25 +177,20 @@ def _complete_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_prunable(teacher_config: Mapping[str, Any]) -> None:
     """Raise `UserError` unless the config is that of a whole Stable Diffusion 1.x or 2.x U-Net."""
-    config = _complete_unet_config(teacher_config)
+    # As JSON, where tuples are lists too; the library's own defaults are Stable Diffusion's.
+    config, expected = (json.loads(json.dumps(_complete_unet_config(given))) for given in (teacher_config, {}))
     if config["addition_embed_type"] or config["class_embed_type"] or config["encoder_hid_dim_type"]:
         kin = "takes more than a timestep and a caption (Stable Diffusion XL and its kin do)"
         raise UserError(f"The teacher's U-Net {kin}; only Stable Diffusion 1.x and 2.x can be distilled.")
     layers = config["layers_per_block"]
-    if any(count != 2 for count in (layers if isinstance(layers, (list, tuple)) else [layers])):
-        pruned = (
-            f"The teacher's U-Net has layers_per_block={layers} where Stable Diffusion has 2: it is already pruned"
-        )
-        raise UserError(f"{pruned}, so name it with --{STUDENT} and its own teacher with --{TEACHER}.")
-    expected = _complete_unet_config({})  # the library's defaults are Stable Diffusion's
+    if any(count != 2 for count in (layers if isinstance(layers, list) else [layers])):
+        pruned = f"layers_per_block={layers} where Stable Diffusion has 2: it is already pruned"
+        instead = f"name it with --{STUDENT} and its own teacher with --{TEACHER}"
+        raise UserError(f"The teacher's U-Net has {pruned}, so {instead}.")
     for key in ("down_block_types", "mid_block_type", "up_block_types"):
-        found, value = (
-            list(each) if isinstance(each, (list, tuple)) else each for each in (config[key], expected[key])
-        )
-        if found != value:
-            raise UserError(
-                f"The teacher's U-Net has {key}={found}; that of Stable Diffusion 1.x and 2.x has {value}."
-            )
+        if config[key] != expected[key]:
+            wanted = f"that of Stable Diffusion 1.x and 2.x has {expected[key]}"
+            raise UserError(f"The teacher's U-Net has {key}={config[key]}; {wanted}.")
 
 
 def student_unet_config(teacher_config: Mapping[str, Any], level: str) -> dict[str, Any]:
@@ -713,7 +708,7 @@ def derived_seed(*parts: int | str) -> int:
 
 def image_transforms(
     resolution: int, center_crop: bool, random_flip: bool, interpolation: str = "lanczos"
-) -> v2.Compose:
+) -> Callable[[Image.Image], Tensor]:
     """Image to a float32 tensor (3, resolution, resolution) in [-1, 1]; draws from torch's global generator.
 
     The shorter side is resized to `resolution` pixels, then the image is cropped, at random or in the centre.
@@ -883,7 +878,9 @@ class StreamingDataset(TrainingData, IterableDataset):
     worker its own part of that.
     """
 
-    def __init__(self, rows: Any, columns: tuple[str, str], seed: int, rank: int, **prepare: Any) -> None:
+    def __init__(
+        self, rows: datasets.IterableDataset, columns: tuple[str, str], seed: int, rank: int, **prepare: Any
+    ) -> None:
         super().__init__(rows, columns, seed, **prepare)
         self.rank, self.shuffled = rank, False
         self.skip = 0  # rows that every worker reads past
@@ -1174,9 +1171,8 @@ def make_caption_pool(
 ) -> CaptionPool | None:
     """The captions of --caption_pool, or of the data, tokenised where that was not done before.
 
-    None where nothing reads them.
-    To be called by all processes. With --random_conditioning the samples have it from here on. Raises `UserError`
-    where there are too few, and `TrainingError` where the file cannot be shared.
+    None where nothing reads them. To be called by all processes. With --random_conditioning the samples have it from
+    here on. Raises `UserError` where there are too few, and `TrainingError` where the file cannot be shared.
     """
     if not (args.teacher_latents or args.random_conditioning):
         return None
@@ -1272,7 +1268,7 @@ def encode_images(vae: AutoencoderKL, pixel_values: Tensor) -> tuple[Tensor, Ten
 
 
 class RowsToEncode(DistillationDataset):
-    """Rows as they are of epoch 0, with all captions. One that cannot be used says why, under `fault`."""
+    """Rows with all captions and the crop of epoch 0. One that cannot be used says why, under `fault`."""
 
     def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -1402,6 +1398,7 @@ def cache_latents(
         if args.compile:
             vae.encoder.compile(dynamic=False)
         crop = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
+        # Not mirrored by the transform: that is a variant of its own.
         to_encode = RowsToEncode(dataset.rows, dataset.columns, dataset.seed, transform=crop, tokenizer=None)
         loader = batches_of(to_encode, args.dataloader_num_workers, list, vae.device, batch_sampler=batches)
         # TF32 is on by default, with 10 bits of mantissa.
