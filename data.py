@@ -100,6 +100,13 @@ class Refused(Exception):
         self.reason, self.detail, self.wait = reason, detail, wait
 
 
+def progress_bar(*args: Any, **settings: Any) -> Any:
+    """tqdm's bar, imported where one is shown: workers import this file too, and need none of it."""
+    from tqdm import tqdm
+
+    return tqdm(*args, dynamic_ncols=True, **settings)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags, for both scripts: one row is all there is of a flag.
 
@@ -555,10 +562,8 @@ class ShardFolder(Rows):
             for path in sorted(set(shards_in(folder)) - set(self.paths)):
                 self.leave_out("shards that manifest.json does not name", path.name)
         else:
-            from tqdm import tqdm
-
             self.paths = shards_in(folder)
-            progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
+            progress = progress_bar(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
             tables = [self._walked(path) for path in progress]
         for number, table in enumerate(tables):
             table["shard"] = number
@@ -1320,10 +1325,8 @@ def write_captions(work: Path, names: Sequence[str], args: argparse.Namespace) -
 
     A shard that is there and the same is left as it is: so a run goes on, a folder grows and damage is mended.
     """
-    from tqdm import tqdm
-
     folder, entries = Path(args.output_dir), []
-    for name in tqdm(names, "Writing", unit=" shards"):
+    for name in progress_bar(names, "Writing", unit=" shards"):
         with pa.ipc.open_file(work / f"{name}.arrow") as reader:
             table = reader.read_all()
         content = caption_tar(table["position"].to_pylist(), table["caption"].to_pylist())
@@ -2120,15 +2123,13 @@ class Progress:
     """
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], rows: int, to_do: int) -> None:
-        from tqdm import tqdm
-
         self.folder, self.head, self.names = Path(args.output_dir), args.request, names
         self.entries = {name: shard_entry(self.folder, name) for name in names if is_done(self.folder, name)}
         self.seen: collections.Counter[str] = collections.Counter()  # bytes, by shard
         self.listed: set[str] = set()  # finished in this run, and in the manifest
         self.images = 0
         self.started = time.monotonic()
-        self.bar = tqdm(total=rows, initial=rows - to_do, unit=" rows", dynamic_ncols=True, mininterval=0.5)
+        self.bar = progress_bar(total=rows, initial=rows - to_do, unit=" rows", mininterval=0.5)
         self.wandb = None
         if args.enable_wandb:
             import wandb
