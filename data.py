@@ -410,9 +410,8 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     if not whole:
         raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
     if goes_on:  # what comes there is seen by no reader of tars
-        raise UserError(
-            f"{path} goes on after its end (two tars joined, or damaged): make one tar of it, or two files."
-        )
+        why = "two tars joined, or damaged"
+        raise UserError(f"{path} goes on after its end ({why}): make one tar of it, or two files.")
 
 
 def split_member(name: str) -> tuple[str, str]:
@@ -459,10 +458,7 @@ def caption_in(content: bytes, is_json: bool, entries: Sequence[str]) -> Any:
 
 def entry_of(path: Path) -> dict[str, Any]:
     """The manifest's entry of a shard. Raises UserError where it is cut, or none that `write_tar` wrote."""
-    starts, sizes = [], []
-    for _, start, size in walk_tar(path):
-        starts.append(start)
-        sizes.append(size)
+    starts, sizes = np.array([place for _, *place in walk_tar(path)], np.int64).reshape(-1, 2).T.tolist()
     entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "count": len(sizes) // 2}
     entry |= {"image_bytes": sizes[::2], "caption_bytes": sizes[1::2]}
     if len(sizes) % 2 or starts != data_offsets(sizes[::2], sizes[1::2]).flatten().tolist():
@@ -588,16 +584,12 @@ class ShardFolder(Rows):
             if self.caption_column != "text" and len(self):
                 self.notes.append(f"--caption_column {self.caption_column} is not read: captions are .txt files.")
             return
-        keys: set[str] = set()
-        for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
-            place = self.places[in_json[index]]
-            record = record_of(*self._read(place, "caption"))
-            if record.keys() & set(self._entries):
-                return
-            keys |= record.keys()
-        found = ", ".join(sorted(keys)) or "nothing"
-        where = f"the .json files of {self.paths[0].parent} have no entry {' or '.join(self._entries)}"
-        raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
+        tried = in_json[np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int)]
+        keys = set().union(*(record_of(*self._read(self.places[index], "caption")) for index in tried))
+        if not keys & set(self._entries):
+            found = ", ".join(sorted(keys)) or "nothing"
+            where = f"the .json files of {self.paths[0].parent} have no entry {' or '.join(self._entries)}"
+            raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
 
     @staticmethod
     def _computed(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
@@ -629,16 +621,13 @@ class ShardFolder(Rows):
             if ".npy" in members and not images:
                 raise UserError(f"{path} holds latents, which need their manifest.json: it is not there.")
             if images and captions:
-                rows.append((0, *members[images[0]], *captions[0]))
-            if captions:
-                unused, reason = images[1:], "of a key that has another image"
-            else:
-                unread = " (.caption is not read)" if ".caption" in members else ""
-                unused, reason = images, f"without .txt or .json{unread}"
-            for suffix in unused:
-                self.leave_out(reason, f"{path.name}: {key}{suffix}")
-            if not images and captions:
+                rows.append((0, *members[images.pop(0)], *captions[0]))
+            elif captions:
                 self.leave_out("captions without an image", f"{path.name}: {key}")
+            unread = " (.caption is not read)" if ".caption" in members else ""
+            reason = "of a key that has another image" if captions else f"without .txt or .json{unread}"
+            for suffix in images:
+                self.leave_out(reason, f"{path.name}: {key}{suffix}")
         return np.array(rows, PLACE)
 
     def __len__(self) -> int:
@@ -651,12 +640,11 @@ class ShardFolder(Rows):
             return {"image": {"bytes": image}, "text": caption_in(caption, place["json"], self._entries)}
         try:
             record = json.loads(caption)
-            latents = read_npy(image) if image else None
-            row = {"latents": latents, "text": list(record["captions"]), "fault": record.get("fault")}
+            row = {"image": {"bytes": image}, "latents": read_npy(image) if image else None}
+            facts = {"enlarged": record.get("enlarged", False), "fault": record.get("fault")}
+            return row | facts | {"text": list(record["captions"])}
         except Exception as error:  # what a damaged file raises depends on where it is damaged
-            path = self.paths[place["shard"]]
-            raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-        return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
+            raise OSError(f"{self.paths[place['shard']]} is damaged ({type(error).__name__}: {error})") from None
 
     def caption(self, index: int) -> Any:
         """The caption, or the list of them, of a sample. Raises `OSError` as reading a sample does."""
@@ -700,26 +688,17 @@ def files_below(folder: Path) -> Iterator[str]:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.")
 
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        here = os.path.join(os.path.realpath(place), "")
-        folders[:] = [  # without links to where we come from
-            name
-            for name in folders
-            if name[0] != "."
-            and name != "__MACOSX"
-            and not here.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))
-        ]
+        shown, here = [name for name in folders if name[0] != "." and name != "__MACOSX"], Path(place).resolve()
+        folders[:] = [name for name in shown if not here.is_relative_to(Path(place, name).resolve())]  # no way back up
         inside = os.path.relpath(place, folder)
         yield from (os.path.normpath(os.path.join(inside, name)) for name in names if name[0] != ".")
 
 
 def why_no_images(folder: Path) -> list[str]:
     """A sentence where a folder without shards holds no image either: what there is, and which flag reads it."""
-    names, problem = [], f"--train_data_dir {folder} holds neither *.tar shards nor images"
-    for name in files_below(folder):  # no further than the first image
-        if split_member(name)[1] in IMAGE_SUFFIXES:
-            return []
-        names.append(name)
-    names.sort()
+    if any(split_member(name)[1] in IMAGE_SUFFIXES for name in files_below(folder)):  # no further than the first
+        return []
+    names, problem = sorted(files_below(folder)), f"--train_data_dir {folder} holds neither *.tar shards nor images"
     suffixes = {split_member(name)[1]: name for name in names}
     if ".tar" in suffixes:
         return [f"{problem}; there are shards in {os.path.dirname(suffixes['.tar'])}: name that folder."]
@@ -752,8 +731,7 @@ def read_metadata(path: Path) -> Iterator[dict[str, Any]]:
                     try:
                         record = json.loads(line) if line.strip() else None
                     except ValueError as error:
-                        what = f"{path}, line {number}, is no JSON: is the file whole?"
-                        raise UserError(f"{what} ({error})") from None
+                        raise UserError(f"{path}, line {number}, is no JSON: is the file whole? ({error})") from None
                     if isinstance(record, dict):
                         yield record
                     elif record is not None:
@@ -776,9 +754,8 @@ class ImageFolder(Rows):
         super().__init__()
         self.folder, self.caption_column = folder, caption_column
         names = sorted(files_below(folder))
-        there, images = {}, [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
-        for name in names:  # .TXT is a text file too
-            there[os.path.splitext(name)[0] + split_member(name)[1]] = name
+        there = {"".join(split_member(name)): name for name in names}  # .TXT is a text file too
+        images = [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
         self.images, captions = len(images), self._read_captions(names, set(images))
         extensions = [caption_extension] if caption_extension else [".txt", ".caption"]
         rows, ignored, repeats = [], [], set()
@@ -787,9 +764,9 @@ class ImageFolder(Rows):
             beside = [there[stem + extension] for extension in extensions if stem + extension in there]
             ignored += beside[name not in captions :]
             if name in captions:
-                rows.append((name, None, json.dumps(captions[name])))
+                rows.append((os.fsencode(name), None, json.dumps(captions[name])))
             elif beside:
-                rows.append((name, beside[0], None))
+                rows.append((os.fsencode(name), os.fsencode(beside[0]), None))
                 repeats |= {part for part in Path(name).parts[:-1] if re.fullmatch(r"\d+_.+", part)}
             else:
                 self.leave_out("without a caption", name)
@@ -815,10 +792,8 @@ class ImageFolder(Rows):
             columns = f"--caption_column {caption_column} is not there; the columns are image"
             raise UserError(f"{columns}: {wanted}{found and f'; there is {found}'}. {self.describe_left_out()}")
         # Names as the system's bytes: in a locale of ASCII they hold what is no text.
-        files = [[name and os.fsencode(name) for name in row[:2]] for row in rows]
-        columns = [pa.array(column, pa.large_binary()) for column in (zip(*files, strict=True) if rows else ([], []))]
-        columns.append(pa.array([caption for *_, caption in rows], pa.large_string()))
-        self.table = pa.table(columns, ["image", "text_file", "caption"])
+        schema = pa.schema({"image": pa.large_binary(), "text_file": pa.large_binary(), "caption": TEXT})
+        self.table = pa.table([[row[column] for row in rows] for column in range(3)], schema=schema)
 
     def _read_captions(self, names: Sequence[str], images: set[str]) -> dict[str, Any]:
         captions: dict[str, Any] = {}
@@ -850,9 +825,8 @@ class ImageFolder(Rows):
         for name in (file_name, file_name.replace("\\", "/")):  # as Windows writes paths
             name = os.fsdecode(name.encode("utf-8", "surrogatepass"))
             real = os.path.isabs(name) and os.path.relpath(os.path.realpath(name), os.path.realpath(self.folder))
-            path = real or os.path.join(place, name)
-            if (found := os.path.normpath(path)) in images:
-                return found
+            if (path := os.path.normpath(real or os.path.join(place, name))) in images:
+                return path
         return None
 
     def __len__(self) -> int:
