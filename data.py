@@ -939,8 +939,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     for name, path in files:
         if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
             try:
-                again = {"repo_type": "dataset", "revision": commit, "force_download": True}
-                path = Path(hub.hf_hub_download(dataset_name, name, **again))
+                hub.hf_hub_download(dataset_name, name, repo_type="dataset", revision=commit, force_download=True)
             except (errors.HTTPError, OSError, RuntimeError) as error:
                 refuse(f"{name} is damaged in the local cache, and {hub_problem(error, revision)[0]}", DataError)
             if not matches_blob_name(path):
@@ -950,9 +949,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     return commit, files
 
 
-def download_tables(
-    wanted: Mapping[str, str], revision: str | None, passing: tuple[type[Exception], ...]
-) -> tuple[Path, set[str]]:
+def download_tables(wanted: dict[str, str], revision: str | None, passing: tuple[type, ...]) -> tuple[Path, set[str]]:
     """Ask the Hub, and download what it has. Returns the cache's folder and the names of all files of its commit."""
     import huggingface_hub as hub
     from huggingface_hub import constants, utils
@@ -968,11 +965,10 @@ def download_tables(
             folder = Path(hub.snapshot_download(**wanted, revision=revision))
             if folder.name != response.json()["sha"]:  # it fell silent, and the cache had another commit
                 folder = Path(hub.snapshot_download(**wanted, revision=response.json()["sha"]))
-            break
+            return folder, {file["rfilename"] for file in response.json()["siblings"]}
         except passing as error:
             if last_try or hub_problem(error, revision)[1] is UserError:
                 raise
-    return folder, {file["rfilename"] for file in response.json()["siblings"]}
 
 
 def rest_of(names: Iterable[str]) -> set[str]:
@@ -996,9 +992,8 @@ def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Excep
     }  # a subclass comes before its base
     if words := next((words for kind, words in known.items() if isinstance(error, kind)), None):
         return words, UserError
-    while getattr(error, "response", None) is None and error.__cause__ is not None:
+    while (response := getattr(error, "response", None)) is None and error.__cause__ is not None:
         error = error.__cause__  # "the cache lacks a file", it says, when the Hub did not give it: the cause says why
-    response = getattr(error, "response", None)
     if response is None:
         return f"the Hub can't be reached ({type(error).__name__})", DataError
     what = f"the Hub answered {response.status_code} to {urllib.parse.urlsplit(str(response.url)).path}"
@@ -1009,15 +1004,13 @@ def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Excep
 
 def matches_blob_name(path: Path) -> bool:
     """Whether a file of the Hub's cache is what the Hub said: its blob is named by its SHA-256, or git's SHA-1."""
-    name = path.resolve().name
-    if path.resolve().parent.name != "blobs":
+    blob = path.resolve()
+    if blob.parent.name != "blobs":
         raise DataError("the Hub's cache holds no links, so hashes are unknown; set HF_HOME to a disk that has them")
-    if re.fullmatch("[0-9a-f]{64}", name):
-        return file_sha256(path) == name
-    if re.fullmatch("[0-9a-f]{40}", name):
-        content = path.read_bytes()  # a file small enough to be kept in git itself
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == name
-    return False
+    if len(blob.name) == 40:
+        content = blob.read_bytes()  # a file small enough to be kept in git itself
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
+    return file_sha256(blob) == blob.name
 
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -1048,19 +1041,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-COMPARISONS = {
-    ">=": pc.greater_equal,
-    "<=": pc.less_equal,
-    "==": pc.equal,
-    "!=": pc.not_equal,
-    ">": pc.greater,
-    "<": pc.less,
-}
+COMPARISONS = {">=": pc.greater_equal, "<=": pc.less_equal, "==": pc.equal, "!=": pc.not_equal}
+COMPARISONS |= {">": pc.greater, "<": pc.less}  # after those that begin with them
 
 
 def parse_filter(text: str) -> tuple[str, Callable, float | str]:
     """`"punsafe<0.1"` -> (column, pyarrow comparison, value). Text values are quoted. Raises ValueError."""
-    match = re.fullmatch(r"\s*([^<>=!]+?)\s*(>=|<=|==|!=|>|<)\s*(\S(?:.*\S)?)\s*", text)
+    match = re.fullmatch(rf"\s*([^<>=!]+?)\s*({'|'.join(COMPARISONS)})\s*(\S(?:.*\S)?)\s*", text)
     if match is None:
         raise ValueError(text)
     column, sign, value = match.groups()
@@ -1097,16 +1084,11 @@ def open_table(path: Path, columns: Sequence[str], types: Types | None = None) -
     if bare and len(names) > len(columns):
         expected = ", ".join(columns)
         raise UserError(f"{path.name} has {len(names)} columns: give it a first line of names, or only {expected}")
-    return pyarrow.csv.open_csv(
-        source,
-        pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None),
-        pyarrow.csv.ParseOptions(
-            delimiter="," if kind == ".csv" else "\t",
-            quote_char=kind != ".txt" and '"',
-            newlines_in_values=kind != ".txt",
-        ),
-        pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or [])),
-    )
+    quotes, delimiter = kind != ".txt", "," if kind == ".csv" else "\t"
+    read = pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=quotes and '"', newlines_in_values=quotes)
+    convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or []))
+    return pyarrow.csv.open_csv(source, read, parse, convert)
 
 
 @contextlib.contextmanager
@@ -1123,12 +1105,9 @@ def readable(name: str) -> Iterator[None]:
 
 def swallowed_row(batch: pa.RecordBatch) -> str | None:
     """The first value that holds a line with a tab: rows that stand behind a quotation mark without its partner."""
-    for column in batch.columns:
-        if pa.types.is_large_string(column.type):
-            values = column.filter(pc.match_substring_regex(column, r"\n[^\n]*\t"))
-            if len(values):
-                return values[0].as_py()
-    return None
+    columns = [column for column in batch.columns if pa.types.is_large_string(column.type)]
+    found = (column.filter(pc.match_substring_regex(column, r"\n[^\n]*\t")) for column in columns)
+    return next((value.as_py() for values in found for value in values), None)
 
 
 def read_batches(files: Files, types: Types) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -1158,15 +1137,15 @@ def check_columns(files: Files, wanted: dict[str, str]) -> None:
     """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
     for name, path in files:
         with readable(name):
-            parquet = table_kind(path) == ".parquet"
-            names = (pq.read_schema(path) if parquet else open_table(path, list(wanted)).schema).names
+            schema = pq.read_schema(path) if table_kind(path) == ".parquet" else open_table(path, list(wanted)).schema
         for column, flag in wanted.items():
-            if column not in names:
-                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(names)}")
+            if column not in schema.names:
+                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}")
 
 
-def texts(column: pa.Array, name: str) -> pa.Array:
+def texts(batch: pa.RecordBatch, name: str) -> pa.Array:
     """A column as text, white space around it removed. Raises UserError for a column that holds something else."""
+    column = batch[name]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
@@ -1195,12 +1174,10 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
     for _, column, _, value in filters:
         types.setdefault(column, TEXT if isinstance(value, str) else pa.float64())
     for first, batch in read_batches(files, types):
-        urls, captions = (texts(batch[column], column) for column in columns)
-        good = {
-            "no URL": pc.not_equal(urls, ""),
-            "URL is not http(s)": pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]"),
-        }
-        good = ({} if args.captions_only else good) | {"no caption": pc.not_equal(captions, "")}
+        urls, captions = (texts(batch, column) for column in columns)
+        on_the_web = pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]")
+        good = {} if args.captions_only else {"no URL": pc.not_equal(urls, ""), "URL is not http(s)": on_the_web}
+        good["no caption"] = pc.not_equal(captions, "")
         for text, column, compare, value in filters:
             try:
                 good[f"filter {text}"] = compare(batch[column], pa.scalar(value))
@@ -1215,15 +1192,14 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
         hashes.append(url_hashes(urls.filter(pa.array(keep))))
         total += len(batch)
     _, firsts = np.unique(np.concatenate(hashes), return_index=True)
-    chosen = np.concatenate(rows)
-    dropped["duplicate caption" if args.captions_only else "duplicate URL"] = len(chosen) - len(firsts)
-    chosen = chosen[np.sort(firsts)]
-    return np.random.default_rng(args.seed).permutation(chosen)[: args.max_samples], total, dropped
+    good_rows = np.concatenate(rows)
+    dropped["duplicate caption" if args.captions_only else "duplicate URL"] = len(good_rows) - len(firsts)
+    chosen = np.random.default_rng(args.seed).permutation(good_rows[np.sort(firsts)])[: args.max_samples]
+    return chosen, total, dropped
 
 
 ROW_SCHEMA = pa.schema(
-    [("url", pa.large_string()), ("caption", pa.large_string()), ("input_row", pa.int64())]
-    + [("expected_sha256", pa.string()), ("position", pa.int64())]
+    {"url": TEXT, "caption": TEXT, "input_row": pa.int64(), "expected_sha256": pa.string(), "position": pa.int64()}
 )
 
 
@@ -1239,36 +1215,29 @@ def write_shard_inputs(
     per_group = per_shard * max(1, 50_000 // per_shard)
     by_row = np.argsort(order)
     rows, to_do = order[by_row], 0
+    group_files = [folder / f"group{number}" for number in range(math.ceil(len(order) / per_group))]
     with contextlib.ExitStack() as stack:
-        groups = [
-            stack.enter_context(pa.ipc.new_stream(folder / f"group{number}", ROW_SCHEMA))
-            for number in range(math.ceil(len(order) / per_group))
-        ]
+        groups = [stack.enter_context(pa.ipc.new_stream(file, ROW_SCHEMA)) for file in group_files]
         hash_column = [args.verify_hash] if args.verify_hash and expected is None else []
         columns = [*([] if args.captions_only else [args.url_column]), args.caption_column, *hash_column]
         for first, batch in read_batches(files, dict.fromkeys(columns, TEXT)):
             start, end = np.searchsorted(rows, [first, first + len(batch)])
             chosen = batch.take(pa.array(rows[start:end] - first))
-            urls = pa.nulls(len(chosen), TEXT)
-            if not args.captions_only:
-                urls = texts(chosen[args.url_column], args.url_column)
+            urls = pa.nulls(len(chosen), TEXT) if args.captions_only else texts(chosen, args.url_column)
             if hash_column:
-                digests = pc.utf8_lower(texts(chosen[args.verify_hash], args.verify_hash)).cast(pa.string())
-                wrong = pc.filter(digests, pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
-                if len(wrong.drop_null()):
-                    sentence = f"--verify_hash {args.verify_hash}: {wrong.drop_null()[0].as_py()!r} is not a SHA-256"
-                    raise UserError(sentence)
+                digests = pc.utf8_lower(texts(chosen, args.verify_hash)).cast(pa.string())
+                wrong = digests.filter(pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
+                if len(wrong):
+                    raise UserError(f"--verify_hash {args.verify_hash}: {wrong[0].as_py()!r} is not a SHA-256")
                 digests = pc.if_else(pc.equal(digests, ""), None, digests)
             else:
-                digests = pa.array(expected.of(urls) if expected else [None] * len(chosen), pa.string())
+                digests = expected.of(urls) if expected else [None] * len(chosen)
             positions = by_row[start:end]
-            captions = texts(chosen[args.caption_column], args.caption_column)
-            arrays = [urls, captions, pa.array(rows[start:end]), digests, pa.array(positions)]
+            arrays = [urls, texts(chosen, args.caption_column), rows[start:end], digests, positions]
             table = pa.record_batch(arrays, schema=ROW_SCHEMA)
             for number in np.unique(positions // per_group):
                 groups[number].write_batch(table.filter(pa.array(positions // per_group == number)))
-    for number in range(len(groups)):
-        group_file = folder / f"group{number}"
+    for number, group_file in enumerate(group_files):
         with pa.ipc.open_stream(group_file) as reader:
             table = reader.read_all().sort_by("position").combine_chunks()
         for start in range(0, len(table), per_shard):
@@ -1307,7 +1276,6 @@ def write_captions(work: Path, names: Sequence[str], args: argparse.Namespace) -
         path, digest = folder / f"{name}.tar", hashlib.sha256(content).hexdigest()
         if not path.is_file() or file_sha256(path) != digest:
             hidden(path).write_bytes(content)
-            sync(hidden(path))
             put_in_place(hidden(path), path)
         entries.append(json.dumps({"name": path.name, "bytes": len(content), "sha256": digest, "count": len(table)}))
         (work / f"{name}.arrow").unlink()
@@ -1328,17 +1296,15 @@ class Hashes:
         urls, digests = [np.empty(0, np.uint64)], [np.empty(0, "S64")]
         for _, batch in read_batches(files, {"url": TEXT, "sha256": pa.string()}):
             batch = batch.filter(pc.is_valid(batch["sha256"]))
-            urls.append(url_hashes(texts(batch["url"], "url")))
+            urls.append(url_hashes(texts(batch, "url")))
             digests.append(np.asarray(batch["sha256"].to_pylist(), "S64"))
         order = np.argsort(np.concatenate(urls), kind="stable")
         self.urls, self.digests = np.concatenate(urls)[order], np.concatenate(digests)[order]
 
     def of(self, urls: pa.Array) -> list[str | None]:
         wanted = url_hashes(urls)
-        at = np.minimum(np.searchsorted(self.urls, wanted), len(self.urls) - 1)
-        if len(self.urls) == 0:
-            return [None] * len(wanted)
-        return [self.digests[i].decode() if self.urls[i] == hash else None for i, hash in zip(at, wanted, strict=True)]
+        ends = (np.searchsorted(self.urls, wanted, side) for side in ("left", "right"))
+        return [self.digests[start].decode() if start < end else None for start, end in zip(*ends, strict=True)]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.urls.tobytes() + self.digests.tobytes()).hexdigest()
