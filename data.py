@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
@@ -1327,6 +1326,7 @@ REFUSED_NETWORKS = [
 ]
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+DEFAULT_PORTS = {"http": 80, "https": 443}  # of the schemes that are fetched
 
 
 def is_public(address: str) -> bool:
@@ -1334,30 +1334,26 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    if ip.version == 6 and ip not in GLOBAL_IPV6:  # local, mapped, compatible, multicast and unassigned ones
-        return False
-    if any(ip in network for network in REFUSED_NETWORKS if network.version == ip.version):
-        return False
+    if any(ip in network for network in REFUSED_NETWORKS) or (ip.version == 6 and ip not in GLOBAL_IPV6):
+        return False  # outside the global ones are local, mapped, compatible, multicast and unassigned ones
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
 def resolve(host: str, port: int, allow_private: bool, seconds: float) -> list[tuple]:
     """Look a name up, in at most `seconds`. Returns what `socket.getaddrinfo` does; one private answer refuses all."""
-    answer: queue.SimpleQueue = queue.SimpleQueue()
+    answer: Future = Future()
 
     def look_up() -> None:
         try:
-            answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            answer.put(error)
+            answer.set_exception(Refused("dns", f"{host}: {error}"))
 
     threading.Thread(target=look_up, daemon=True).start()  # in a thread: getaddrinfo takes no time limit
     try:
-        found = answer.get(timeout=max(0.01, seconds))
-    except queue.Empty:
+        found = answer.result(max(0.01, seconds))
+    except TimeoutError:
         raise Refused("dns", f"{host}: no answer in time") from None
-    if isinstance(found, Exception):
-        raise Refused("dns", f"{host}: {found}")
     for *_, address in found:
         if not allow_private and not is_public(address[0]):
             raise Refused("private_address", f"{host} is {address[0]}")
@@ -1443,10 +1439,9 @@ class Body(io.BytesIO):
         self.sha256 = hashlib.sha256()
 
     def close(self) -> None:
-        claim, self.claim = self.claim, 0
+        self.budget.give_back(self.claim)
+        self.claim = 0
         super().close()
-        if claim:
-            self.budget.give_back(claim)
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
@@ -1454,10 +1449,10 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     try:
         parts = urllib.parse.urlsplit(url.strip())
         host = (parts.hostname or "").encode("ascii" if ":" in (parts.hostname or "") else "idna").decode("ascii")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
     except ValueError as error:  # UnicodeError is one
         raise Refused("bad_url", str(error)) from None
-    if parts.scheme not in ("http", "https"):
+    if parts.scheme not in DEFAULT_PORTS:
         raise Refused("bad_scheme", parts.scheme)
     if not host:
         raise Refused("bad_url", "no host")
@@ -1547,13 +1542,9 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
     try:
         for _ in range(6):
             scheme, host, port, target = split_url(url)
-            wire = open_socket(scheme, host, port, args, deadline)
-            with contextlib.closing(wire):
-                if scheme == "https":
-                    connection = http.client.HTTPSConnection(host, port, context=tls_context())
-                else:
-                    connection = http.client.HTTPConnection(host, port)
-                connection.sock = wire
+            with open_socket(scheme, host, port, args, deadline) as wire:
+                connection = http.client.HTTPConnection(host, port)
+                connection.sock, connection.default_port = wire, DEFAULT_PORTS[scheme]
                 wire.allowance = 64 * 1024  # for all headers together; http.client alone would take 6 MB of them
                 connection.request("GET", target, headers={"User-Agent": agent, "Accept": "image/*"})
                 with connection.getresponse() as response:
@@ -1567,8 +1558,8 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
                     return read_body(response, wire, body, args)
         raise Refused("too_many_redirects")
     except TimeoutError:
-        late = time.monotonic() >= deadline
-        raise Refused("deadline" if late else "timeout", "the server was too slow") from None
+        reason = "deadline" if time.monotonic() >= deadline else "timeout"
+        raise Refused(reason, "the server was too slow") from None
     except ssl.SSLError as error:
         raise Refused("tls", error.reason or str(error)) from None
     except http.client.IncompleteRead:
@@ -1591,14 +1582,10 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
             passing = refused.reason.startswith(("http_5", *PASSING))
             failures += passing
             busy += refused.reason == "busy"
-            if failures > args.retries or busy > 2 or not (passing or refused.reason == "busy"):
-                raise
-            if refused.wait > args.deadline:  # too long for a thread to stand still: --retry_failed asks again
+            again = (passing and failures <= args.retries) or (refused.reason == "busy" and busy <= 2)
+            if not again or refused.wait > args.deadline:  # too long to stand still: --retry_failed asks again
                 raise
             time.sleep(max(refused.wait, min(4, 0.5 * 2 ** (failures + busy))))
-        except BaseException:
-            body.close()
-            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
