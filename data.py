@@ -53,7 +53,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 FORMAT = "distill-sd data.py 1"
 ROBOT_NAME = "distill-sd"  # the name that an X-Robots-Tag header may address us by
@@ -1594,22 +1594,16 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 BAND_PIXELS = 2**20
 DECODER_BYTES = 125e6  # with the bodies of `ByteBudget`, what a worker may hold beyond what it needs when idle
-EXIF_ORIENTATION = 0x0112
 
 
 def decoder_bytes(image: Image.Image, pixels: int) -> float:
     """What decoding takes at its peak, as measured on Pillow 13 (`pixels`: of the source, before any `draft`)."""
-    if image.format == "WEBP":
-        return 17 * pixels  # two canvases, one copy and the image
-    if image.format == "AVIF":
-        return 10 * pixels
-    if image.format == "TIFF":
-        return 8 * pixels  # a strip may be as large as the image, or a second one made to turn it
     if image.format in ("JPEG", "MPO"):
-        most = max(across * down for _, across, down, _ in image.layer)
-        coefficients = sum(across * down for _, across, down, _ in image.layer) / most
+        areas = [across * down for _, across, down, _ in image.layer]
+        coefficients = sum(areas) / max(areas)
         return 2 * coefficients * pixels + 4 * image.width * image.height  # kept whole if there are several scans
-    return 4 * pixels
+    # Of WebP two canvases, one copy and the image; a TIFF's strip, or a second one made to turn it, may be as large.
+    return {"WEBP": 17, "AVIF": 10, "TIFF": 8}.get(image.format, 4) * pixels
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
@@ -1641,33 +1635,30 @@ def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int,
     Image.MAX_IMAGE_PIXELS = None  # ours is stricter, and a refusal instead of a warning
     try:
         image = Image.open(stream, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        raise Refused("not_an_image", "unknown format") from None
     except Exception as error:  # a header made to break the parser may raise anything
-        raise Refused("not_an_image", str(error)) from None
+        words = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise Refused("not_an_image", words) from None
     try:
-        with image:
-            width, height = image.size
-            if min(width, height) < args.min_image_size:
-                raise Refused("too_small", f"{width}x{height}")
-            if image.format in ("JPEG", "MPO"):
-                image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
-            memory = decoder_bytes(image, width * height)
-            if width * height > args.max_pixels or memory > max(DECODER_BYTES, 5 * args.max_pixels):
-                raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
-            check_range(image)
-            image.load()
-            try:
-                orientation = image.getexif().get(EXIF_ORIENTATION)  # a TIFF is turned, and cleared, when it is loaded
-            except Exception:
-                orientation = None  # EXIF data that can't be read says nothing
-            square = centre_square(image, args.image_size)
+        width, height = image.size
+        if min(width, height) < args.min_image_size:
+            raise Refused("too_small", f"{width}x{height}")
+        if image.format in ("JPEG", "MPO"):
+            image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
+        memory = decoder_bytes(image, width * height)
+        if width * height > args.max_pixels or memory > max(DECODER_BYTES, 5 * args.max_pixels):
+            raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
+        check_range(image)
+        image.load()
+        orientation = None
+        with contextlib.suppress(Exception):  # EXIF data that can't be read says nothing
+            orientation = image.getexif().get(ExifTags.Base.Orientation)  # loading turns a TIFF, and clears this
+        square = centre_square(image, args.image_size)
     except Refused:
         raise
     except Exception as error:
         raise Refused("broken_image", f"{type(error).__name__}: {error}") from None
     if orientation in range(2, 9):
-        square.getexif()[EXIF_ORIENTATION] = orientation  # which a crop forgets
+        square.getexif()[ExifTags.Base.Orientation] = orientation  # which a crop forgets
         square = ImageOps.exif_transpose(square)
         width, height = (height, width) if orientation > 4 else (width, height)
     output = io.BytesIO()
