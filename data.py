@@ -1678,21 +1678,25 @@ RESULT_SCHEMA = pa.schema(
 )
 
 
-def notes_of(parquet: Path) -> dict[bytes, bytes]:
-    """What a shard's table notes beside its rows; nothing where it is missing or damaged. Raises the disk's errors."""
+def notes_of(parquet: Path, whole: bool = False) -> dict[bytes, bytes]:
+    """What a shard's table notes beside its rows (read too if `whole`); nothing where it is missing or damaged.
+
+    Raises the disk's errors.
+    """
     try:
-        return pq.read_schema(parquet).metadata or {}
-    except FileNotFoundError:
-        return {}
+        notes = pq.read_schema(parquet).metadata or {}
+        if whole:
+            pq.read_table(parquet, page_checksum_verification=True)
+        return notes
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        if getattr(error, "errno", None):
-            raise
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise  # the disk's trouble: the table may be sound
         return {}
 
 
-def recorded(parquet: Path) -> dict[str, Any] | None:
+def recorded(parquet: Path, whole: bool = False) -> dict[str, Any] | None:
     """What a shard's parquet records of its tar (`name`, `bytes`, `sha256`), or None if it can't be read."""
-    notes = notes_of(parquet)
+    notes = notes_of(parquet, whole)
     try:
         digest = notes[b"tar_sha256"].decode()
         return {"name": f"{parquet.stem}.tar", "bytes": int(notes[b"tar_bytes"]), "sha256": digest}
@@ -1702,13 +1706,15 @@ def recorded(parquet: Path) -> dict[str, Any] | None:
 
 def request_of(parquet: Path) -> dict[str, Any] | None:
     """The manifest's head at the time when a shard was written; None if the file can't be read, or isn't ours."""
-    notes = notes_of(parquet)
-    return json.loads(notes[b"request"]) if b"request" in notes else None
+    return json.loads(notes_of(parquet).get(b"request", "null"))
 
 
-def is_done(folder: Path, name: str) -> bool:
+def rows_done(folder: Path, name: str, *columns: str) -> pa.Table:
+    """Of a shard that is done, the rows (all columns if none is named); of another, none."""
     tar, entry = folder / f"{name}.tar", recorded(folder / f"{name}.parquet")
-    return entry is not None and tar.is_file() and tar.stat().st_size == entry["bytes"]
+    if entry is None or not tar.is_file() or tar.stat().st_size != entry["bytes"]:
+        return RESULT_SCHEMA.empty_table()
+    return pq.read_table(folder / f"{name}.parquet", columns=list(columns) or None)
 
 
 def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -1722,24 +1728,15 @@ def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tup
     put_in_place(hidden(tar), tar)
 
 
-def finish_renames(folder: Path) -> None:
-    """After a crash: complete a commit whose tar was whole, and remove our own leftovers of the others."""
-    for part in sorted(folder.glob(".*.part")):
-        if match := re.fullmatch(r"\.(\d{5,})\.(tar|parquet)\.part", part.name):
-            entry = recorded(folder / f"{match[1]}.parquet")
-            whole = match[2] == "tar" and entry is not None and part.stat().st_size == entry["bytes"]
-            if whole and file_sha256(part) == entry["sha256"]:
-                put_in_place(part, folder / f"{match[1]}.tar")
-            else:
-                part.unlink()
+def shard_entry(folder: Path, name: str) -> str | None:
+    """A shard's entry in the manifest, as JSON text: a quarter of the memory that its lists of sizes would take.
 
-
-def shard_entry(folder: Path, name: str) -> str:
-    """A shard's entry in the manifest, as JSON text: a quarter of the memory that its lists of sizes would take."""
-    table = pq.read_table(folder / f"{name}.parquet", columns=["status", "jpg_bytes", "caption_bytes"])
-    table = table.filter(pc.equal(table["status"], "ok"))
+    None if it is not done.
+    """
+    rows = rows_done(folder, name, "status", "jpg_bytes", "caption_bytes")
+    table = rows.filter(pc.equal(rows["status"], "ok"))
     sizes = {"image_bytes": table["jpg_bytes"].to_pylist(), "caption_bytes": table["caption_bytes"].to_pylist()}
-    return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes)
+    return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes) if len(rows) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1839,35 +1836,30 @@ class Shard:
     def commit(self) -> None:
         """Put what came of the rows in order, beside what an earlier run had of this shard, under its final name."""
         per_shard = self.args.number_sample_per_shard
-        digits = max(1, len(str(per_shard - 1)))
-        records: dict[int, dict[str, Any]] = {}
-        old_tar = None
-        if is_done(self.folder, self.name):
-            table = pq.read_table(self.folder / f"{self.name}.parquet").to_pylist()
-            kept = [record for record in table if record["status"] == "ok"]
-            offsets = data_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
-            for record, (start, _) in zip(kept, offsets, strict=True):
-                record |= {"old": True, "offset": start}
-            records = dict(enumerate(table))
-            old_tar = open(self.folder / f"{self.name}.tar", "rb")
+        digits = len(str(per_shard - 1))
+        old = rows_done(self.folder, self.name).to_pylist()
+        old_tar = open(self.folder / f"{self.name}.tar", "rb") if old else None
+        records = dict(enumerate(old))
+        kept = [record for record in old if record["status"] == "ok"]
+        offsets = data_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
+        for record, (start, _) in zip(kept, offsets, strict=True):
+            record |= {"source": old_tar, "offset": start}
         for row, outcome in zip(self.rows, self.outcomes, strict=True):
             place = row["position"] % per_shard
-            taken = {name: row[name] for name in ("url", "caption", "input_row")}
-            taken |= {"key": f"{self.name}{place:0{digits}d}", "caption_bytes": len(row["caption"].encode())}
-            records[place] = dict.fromkeys(RESULT_SCHEMA.names) | outcome | taken
+            added = {"key": f"{self.name}{place:0{digits}d}", "caption_bytes": len(row["caption"].encode())}
+            records[place] = row | outcome | added
         ordered = [records[place] for place in sorted(records)]
 
         def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
             for record in ordered:
                 if record["status"] == "ok":
-                    source = old_tar if record.get("old") else self.spool
+                    source = record.get("source", self.spool)
                     source.seek(record["offset"])
                     jpg, caption = source.read(record["jpg_bytes"]), record["caption"].encode()
                     yield record["key"], {".jpg": jpg, ".txt": caption}
 
         self.spool.flush()
-        columns = {name: [record[name] for record in ordered] for name in RESULT_SCHEMA.names}
-        table = pa.table(columns, RESULT_SCHEMA.with_metadata({"request": json.dumps(self.args.request)}))
+        table = pa.Table.from_pylist(ordered, RESULT_SCHEMA.with_metadata({"request": json.dumps(self.args.request)}))
         commit_shard(self.folder, self.name, table, samples())
         if old_tar:
             old_tar.close()
@@ -2042,7 +2034,7 @@ class Progress:
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], rows: int, to_do: int) -> None:
         self.folder, self.head, self.names = Path(args.output_dir), args.request, names
-        self.entries = {name: shard_entry(self.folder, name) for name in names if is_done(self.folder, name)}
+        self.entries: dict[str, str | None] = {}
         self.seen: collections.Counter[str] = collections.Counter()  # bytes, by shard
         self.listed: set[str] = set()  # finished in this run, and in the manifest
         self.images = 0
@@ -2053,7 +2045,7 @@ class Progress:
             import wandb
 
             self.wandb = wandb.init(project="distill-sd-data", config=args.request)
-        self.save(complete=False)
+        self.save(names)
 
     def look(self) -> None:
         """Read what workers have reported since, and list the shards that they have finished in the manifest."""
@@ -2070,17 +2062,15 @@ class Progress:
             self.bar.set_postfix_str(f"{speed:.1f} images/s, {self.images / rows:.0%} ok", refresh=False)
         finished = self.seen.keys() - self.listed - {path.stem for path in work.glob("*.spool")}
         if finished and time.monotonic() - self.saved > 10 * self.saving:  # a large manifest takes a second
-            for name in finished:
-                if is_done(self.folder, name):
-                    self.entries[name] = shard_entry(self.folder, name)
             self.listed |= finished
-            self.save(complete=False)
+            self.save(finished)
 
-    def save(self, complete: bool) -> None:
-        """Write the manifest."""
+    def save(self, names: Iterable[str], at_end: bool = False) -> None:
+        """Write the manifest, with these shards as they are now."""
+        self.entries |= {name: shard_entry(self.folder, name) for name in names}
+        entries = [self.entries[name] for name in self.names if self.entries[name]]
         started = time.monotonic()
-        entries = [self.entries[name] for name in self.names if name in self.entries]
-        write_manifest(self.folder, self.head | {"complete": complete}, entries)
+        write_manifest(self.folder, self.head | {"complete": at_end and len(entries) == len(self.names)}, entries)
         self.saved = time.monotonic()
         self.saving = self.saved - started
         if self.wandb:
@@ -2089,8 +2079,7 @@ class Progress:
     def close(self) -> None:
         """After the workers' end: the manifest as the shards are now."""
         self.bar.close()
-        self.entries = {name: shard_entry(self.folder, name) for name in self.names if is_done(self.folder, name)}
-        self.save(complete=len(self.entries) == len(self.names))
+        self.save(self.names, at_end=True)
         if self.wandb:
             self.wandb.finish()
 
@@ -2211,40 +2200,28 @@ def rows_digest(order: np.ndarray) -> str:
     return hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
 
 
-def forget_damaged(folder: Path, names: Sequence[str]) -> list[str]:
+def forget_damaged(folder: Path, names: Sequence[str]) -> None:
     """Read the finished shards back. Of a damaged one the table is removed, so that all its rows are fetched again.
 
-    Returns a sentence for each. Its tar stays until another is put in its place.
+    Prints a sentence for each. Its tar stays until another is put in its place.
     """
-    from tqdm import tqdm
-
     begun = [name for name in names if any((folder / f"{name}{suffix}").exists() for suffix in (".tar", ".parquet"))]
-    if not begun:
-        return []
-    faults = []
+
+    def fault_of(name: str) -> str | None:
+        return tar_fault(folder / f"{name}.tar", recorded(folder / f"{name}.parquet", whole=True))
+
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda name: table_fault(folder / f"{name}.parquet"), begun)
-        for name, fault in zip(begun, tqdm(found, "Reading back", len(begun), unit=" shards"), strict=True):
+        bar = progress_bar(threads.map(fault_of, begun), "Reading back", len(begun), unit=" shards", disable=not begun)
+        for name, fault in zip(begun, bar, strict=True):
             if fault is not None:
                 (folder / f"{name}.parquet").unlink(missing_ok=True)
-                faults.append(f"{name}.tar {fault}: its rows are fetched again.")
-    return faults
+                bar.write(f"{name}.tar {fault}: its rows are fetched again.")
 
 
-def table_fault(parquet: Path) -> str | None:
-    """What is wrong with a finished shard's table, or with its tar by what the table records. None: nothing."""
-    entry = recorded(parquet)
-    try:
-        pq.read_table(parquet, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOENT):
-            raise  # the disk's trouble: the table may be sound
-        entry = None
-    return "has no sound table" if entry is None else tar_fault(parquet.with_suffix(".tar"), entry)
-
-
-def tar_fault(tar: Path, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a shard by its recorded size and hash. None: nothing."""
+def tar_fault(tar: Path, entry: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a shard by its recorded size and hash, or with the record. None: nothing."""
+    if entry is None:
+        return "has no sound table"
     if not tar.is_file():
         return "is missing"
     if tar.stat().st_size != entry["bytes"]:
@@ -2277,8 +2254,17 @@ def expected_bytes(rows: int, args: argparse.Namespace) -> int:
 
 
 def clear_unfinished(folder: Path) -> Path:
-    """Remove what an interrupted run left of unfinished shards; returns the (absent) hidden folder for new ones."""
-    finish_renames(folder)
+    """Complete a commit whose tar was whole, and remove what an interrupted run left of others.
+
+    Returns the (absent) hidden folder for new ones.
+    """
+    for part in sorted(folder.glob(".*.part")):
+        if match := re.fullmatch(r"\.(\d{5,})\.(tar|parquet)\.part", part.name):
+            entry = recorded(folder / f"{match[1]}.parquet")
+            if match[2] == "tar" and tar_fault(part, entry) is None:
+                put_in_place(part, folder / f"{match[1]}.tar")
+            else:
+                part.unlink()
     hidden(folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return folder / ".unfinished"
@@ -2289,31 +2275,30 @@ def places_to_do(folder: Path, name: str, rows: int, retry: Sequence[str] | None
 
     `retry` is None for no row, empty for those whose failure may pass, ["all"] for every row that failed.
     """
-
-    def wanted(status: str) -> bool:
-        return retry is not None and status != "ok" and (bool(retry) or status.startswith(("http_5", *PASSING_LATER)))
-
-    there = []
-    if is_done(folder, name):
-        there = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"].to_pylist()
-    return [place for place in range(rows) if place >= len(there) or wanted(there[place])]
+    begins = "" if retry else ("http_5", *PASSING_LATER)  # every status does with the former
+    there = rows_done(folder, name, "status")["status"].to_pylist()
+    again = [retry is not None and status != "ok" and status.startswith(begins) for status in there]
+    return [place for place in range(rows) if place >= len(there) or again[place]]
 
 
-def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
-    """(images, a table of outcomes by reason and of the ten hosts that failed most) over the shards that are done."""
+def summarize(folder: Path, names: Sequence[str]) -> int:
+    """Print the outcomes by reason, and the ten hosts that failed most, over the shards that are done.
+
+    Returns the number of images.
+    """
     outcomes: collections.Counter[str] = collections.Counter()
     hosts: collections.Counter[str] = collections.Counter()
     for name in names:
-        if is_done(folder, name):
-            table = pq.read_table(folder / f"{name}.parquet", columns=["status", "url"])
-            outcomes.update(table["status"].to_pylist())
-            failed = table.filter(pc.not_equal(table["status"], "ok"))["url"].to_pylist()
-            hosts.update(re.sub(r"^\w+://([^/?#]*@)?([^/?#]*).*$", r"\2", url, flags=re.S).lower() for url in failed)
-    rows = max(1, outcomes.total())
+        table = rows_done(folder, name, "status", "url")
+        outcomes.update(table["status"].to_pylist())
+        failed = table.filter(pc.not_equal(table["status"], "ok"))["url"].to_pylist()
+        hosts.update(re.sub(r"^\w+://([^/?#]*@)?([^/?#]*).*$", r"\2", url, flags=re.S).lower() for url in failed)
+    rows = outcomes.total()
     lines = [f"  {reason:<20}{count:>10,}  {count / rows:6.1%}" for reason, count in outcomes.most_common()]
     if hosts:
         lines += ["Hosts that failed most:", *(f"  {host:<40}{count:>10,}" for host, count in hosts.most_common(10))]
-    return outcomes["ok"], "\n".join(["Outcomes:", *lines])
+    print("Outcomes:", *lines, sep="\n")
+    return outcomes["ok"]
 
 
 def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
@@ -2575,7 +2560,8 @@ def main(args: argparse.Namespace) -> int:
             write_manifest(folder, args.request | {"complete": False}, [])  # from here on it is known as ours
         names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
         work = clear_unfinished(folder)
-        faults = [] if args.captions_only else forget_damaged(folder, names)
+        if not args.captions_only:
+            forget_damaged(folder, names)
 
         # 5. Say what is about to happen
         print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
@@ -2591,7 +2577,6 @@ def main(args: argparse.Namespace) -> int:
             return 0
         to_do = write_shard_inputs(files, order, work, args, expected)
         del order, expected
-        print("".join(f"{fault}\n" for fault in faults), end="")
         print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
         need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9
         print(f"Disk space: up to about {need:,.2f} GB if every row gives an image; {free:,.2f} GB are free.")
@@ -2608,8 +2593,7 @@ def main(args: argparse.Namespace) -> int:
         finally:
             clear_unfinished(folder)
             progress.close()
-            images, table = summarize(folder, names)
-            print(table)
+            images = summarize(folder, names)
 
     # 7. The truth
     print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
