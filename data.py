@@ -1751,7 +1751,7 @@ def download_shard(args: argparse.Namespace, row: tuple[int, str]) -> tuple[bool
     return True, row  # "it went well", to them; an error is raised, and ends the run
 
 
-class Shard:
+class Shard(contextlib.AbstractContextManager):
     """Fetches, resizes and writes the rows of one shard; images wait in a spool file for `commit` to order them.
 
     While it is at work, the spool file is touched every second, see `Heartbeats`.
@@ -1769,15 +1769,10 @@ class Shard:
         self.spool = open(self.spool_file, "wb+")
         self.progress = open(Path(rows_file).with_suffix(".progress"), "wb", buffering=0)
         self.over = threading.Event()
-        self.heart = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> "Shard":
-        self.heart.start()
-        return self
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def __exit__(self, *_: Any) -> None:
         self.over.set()
-        self.heart.join()
         self.progress.close()
         with contextlib.suppress(OSError):  # a full disk, which has been raised already
             self.spool.close()
@@ -1785,7 +1780,7 @@ class Shard:
 
     def _beat(self) -> None:
         while not self.over.wait(1):
-            with contextlib.suppress(OSError):  # one beat less: the next may go through
+            with contextlib.suppress(OSError):  # one beat less: the next may go through, or the shard is finished
                 os.utime(self.spool_file)
 
     def fetch_all(self) -> None:
@@ -1793,31 +1788,23 @@ class Shard:
         threads = ThreadPoolExecutor(self.args.thread_count)
         coming = iter(range(len(self.rows)))
 
-        def submit(count: int) -> set[Future]:
-            return {threads.submit(self._fetch, index) for index in itertools.islice(coming, count)}
+        def submit(count: int) -> dict[Future, int]:
+            rows = itertools.islice(coming, count)
+            return {threads.submit(fetch, self.rows[row]["url"], self.args, self.budget): row for row in rows}
 
         try:
             waiting = submit(2 * self.args.thread_count)  # no more bodies than these are held
             while waiting:
-                arrived, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in arrived:
-                    self._keep(*future.result())
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    self._keep(waiting.pop(future), future)
                     waiting |= submit(1)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, index: int) -> tuple[int, "Body | Refused"]:
-        try:
-            return index, fetch(self.rows[index]["url"], self.args, self.budget)
-        except Refused as refused:
-            return index, refused
-
-    def _keep(self, index: int, got: "Body | Refused") -> None:
+    def _keep(self, index: int, fetched: Future) -> None:
         outcome = self.outcomes[index]
         try:
-            if isinstance(got, Refused):
-                raise got
-            with got:
+            with fetched.result() as got:
                 digest = got.sha256.hexdigest()
                 outcome |= {"sha256": digest, "downloaded_bytes": got.tell()}
                 if self.rows[index]["expected_sha256"] not in (None, digest):
