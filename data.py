@@ -1885,8 +1885,8 @@ def download(config: dict[str, Any]) -> None:
     """Runs in the child: let img2dataset hand the shards to workers, and say in one line what ended it."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     args = argparse.Namespace(**config)
-    files = sorted((Path(args.output_dir) / ".unfinished").glob("*.arrow"), key=lambda path: int(path.stem))
-    shards = [(int(path.stem), str(path)) for path in files]
+    files = (Path(args.output_dir) / ".unfinished").glob("*.arrow")
+    shards = sorted((int(path.stem), str(path)) for path in files)
     for name in UNUSED_MODULES:  # torch comes with the first one, and Python 3.13 has no imghdr any more
         sys.modules.setdefault(name, types.ModuleType(name))
     try:
@@ -1898,10 +1898,9 @@ def download(config: dict[str, Any]) -> None:
         distribute(min(args.processes_count, len(shards)), functools.partial(download_shard, args), shards, 1000, 0)
     except Exception as error:
         text = str(error).strip()
-        if "No space left on device" in text or "Disk quota exceeded" in text:
-            end_with("the disk is full", may_pass=True)
-        if isinstance(error, OSError) and error.errno:
-            end_with(text, may_pass=True)
+        full = "No space left on device" in text or "Disk quota exceeded" in text
+        if full or (isinstance(error, OSError) and error.errno):
+            end_with("the disk is full" if full else text, may_pass=True)
         traceback.print_exc()
         end_with(f"{type(error).__name__}: {text.rpartition(chr(10))[2]}", may_pass=False)
 
@@ -1925,15 +1924,13 @@ def watch_workers() -> None:
 def die_with_parent() -> None:
     """Standard input is a pipe that only the parent holds: it closes when the parent ends, even by SIGKILL."""
     os.read(0, 1)
-    os.killpg(0, signal.SIGTERM)  # multiprocessing's resource tracker ignores it, cleans up and ends by itself
-    time.sleep(2)
-    os.killpg(0, signal.SIGKILL)
+    end_group(0)
 
 
 def end_group(group: int) -> None:
     """End every process of a group: by request, and after two seconds by force."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGTERM)  # multiprocessing's resource tracker ignores it, cleans up and ends by itself
         for _ in range(40):
             os.killpg(group, 0)
             time.sleep(0.05)
@@ -1977,16 +1974,9 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
     heartbeats = Heartbeats(args)
     config = Path(args.output_dir) / ".unfinished" / "config.json"  # too long for an argument if tables are many
     config.write_text(json.dumps(vars(args)))
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, here, str(config)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-c", code, here, str(config)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    child = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
     last_lines: collections.deque[str] = collections.deque(maxlen=40)
     reader = threading.Thread(target=lambda: last_lines.extend(child.stdout), daemon=True)
     reader.start()
