@@ -2087,20 +2087,17 @@ def claim_folder(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, A
         except BlockingIOError:
             raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
         manifest = our_manifest(folder, args)
-        at_the_end.callback(leave_finished_shards, folder)
-        yield manifest
+        try:
+            yield manifest
+        finally:
+            clear_unfinished(folder)
+            if not holds_shards(folder):
+                (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def leave_finished_shards(folder: Path) -> None:
-    """Remove what is unfinished, and the manifest of a folder that holds no shard."""
-    clear_unfinished(folder)
-    if not holds_shards(folder):
-        (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -2115,13 +2112,12 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     """
     path = folder / "manifest.json"
     try:
-        manifest, damage = read_manifest(folder), None
-    except UserError as error:
-        manifest, damage = None, error
-    requests = [] if manifest else list(filter(None, map(request_of, folder.glob("*.parquet"))))
-    if damage and not requests:
-        raise damage
-    if requests:
+        manifest = read_manifest(folder)
+    except UserError:
+        manifest = None
+        if not any(map(request_of, folder.glob("*.parquet"))):
+            raise
+    if manifest is None and (requests := list(filter(None, map(request_of, folder.glob("*.parquet"))))):
         print(f"{path} is lost or damaged: it is made anew from the tables of {len(requests)} shards.")
         manifest = max(requests, key=lambda request: request["rows"]["chosen"])  # of a folder that grew, the last
     if manifest is None:
@@ -2133,9 +2129,8 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     if manifest.get("format") != FORMAT or "latents" in manifest or not parts <= manifest.keys():
         raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
     if manifest.get("captions_only", False) != args.captions_only:
-        raise UserError(
-            f"--output_dir {folder} was made {'without' if args.captions_only else 'with'} --captions_only"
-        )
+        how = "without" if args.captions_only else "with"
+        raise UserError(f"--output_dir {folder} was made {how} --captions_only")
     if not holds_shards(folder):
         return None  # nothing there that other settings could be mixed with
     refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in IMAGE_SETTINGS})
@@ -2159,9 +2154,8 @@ def refuse_other_rows(folder: Path, then: dict[str, Any], now: dict[str, Any], o
         rows = {name: request["settings"][name] for name in ROW_SETTINGS}
         return rows | {"revision": source["revision"], "files": files, "hashes": source["verify_hash_sha256"]}
 
-    count = then["rows"]["chosen"]
-    same_rows = count <= len(order) and rows_digest(order[:count]) == then["input"]["chosen_rows_sha256"]
-    if not same_rows or decisive(then) != decisive(now):
+    digest = rows_digest(order[: then["rows"]["chosen"]])
+    if digest != then["input"]["chosen_rows_sha256"] or decisive(then) != decisive(now):
         refuse_difference(folder, described(then), described(now))
         raise UserError(f"--output_dir {folder} was made of other rows. Use another folder")
 
@@ -2212,11 +2206,10 @@ def check_tools(args: argparse.Namespace) -> None:
         raise UserError("data.py needs a POSIX system to download (training reads its shards on any)")
     if args.captions_only:
         return
-    if args.distributor != "multiprocessing" and importlib.util.find_spec(args.distributor) is None:
-        sentence = f"--distributor {args.distributor}: that package is not installed (pip install {args.distributor})"
-        raise UserError(sentence)
-    if importlib.util.find_spec("img2dataset") is None:
-        raise UserError("img2dataset is not installed (pip install img2dataset)")
+    needed = {args.distributor: f"--distributor {args.distributor}: that package", "img2dataset": "img2dataset"}
+    for package, words in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{words} is not installed (pip install {package})")
     if args.enable_wandb:
         check_wandb("--enable_wandb")
 
@@ -2283,8 +2276,6 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
 
     Returns what is wrong, in sentences. Raises UserError for a folder that holds nothing.
     """
-    from tqdm import tqdm
-
     shards = shards_in(folder)
     if not shards and not (folder / "manifest.json").exists() and (nothing := why_no_images(folder)):
         raise UserError(nothing[0].replace("--train_data_dir", "--check"))
@@ -2298,30 +2289,30 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
         problems = []
     except UserError as error:  # which follows from the problems below, if there are some
         rows, problems = (), [str(error)]
-    progress = functools.partial(tqdm, unit=" images", dynamic_ncols=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    captions_only = manifest is not None and manifest.get("captions_only", False)
+    count = len(rows) if manifest is None else sum(entry["count"] for entry in manifest["shards"])
+    bar = progress_bar(total=count, unit=" images", disable=captions_only)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         if manifest is None:
             if any(map(request_of, folder.glob("*.parquet"))):
                 problems.append("manifest.json is lost: the command that made the folder makes it anew")
-            with progress(total=len(rows)) as bar:
-                for start in range(0, len(rows), 1000):  # `map` takes all at once, at 1.6 kB each
-                    part = range(start, min(start + 1000, len(rows)))
-                    problems += filter(None, threads.map(functools.partial(row_fault, rows), part))
-                    bar.update(len(part))
+            for start in range(0, count, 1000):  # `map` takes all at once, at 1.6 kB each
+                part = range(start, min(start + 1000, count))
+                problems += filter(None, threads.map(functools.partial(row_fault, rows), part))
+                bar.update(len(part))
             return problems
         faults = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
         named = {entry["name"] for entry in manifest["shards"]}
         faults += [f"{path.name} is not in the manifest" for path in shards if path.name not in named]
-        if manifest.get("captions_only"):
-            print(f"{sum(entry['count'] for entry in manifest['shards']):,} captions are there.")
+        if captions_only:
+            print(f"{count:,} captions are there.")
             found = threads.map(lambda entry: tar_fault(folder / entry["name"], entry), manifest["shards"])
             pairs = zip(manifest["shards"], found, strict=True)
             return faults + [f"{entry['name']} {fault}" for entry, fault in pairs if fault]
         variants = manifest["latents"]["variants"] if "latents" in manifest else None
-        with progress(total=sum(entry["count"] for entry in manifest["shards"])) as bar:
-            for entry in manifest["shards"]:
-                found = check_shard(folder / entry["name"], entry, variants, threads, bar.update)
-                faults += [f"{entry['name']} {fault}" for fault in found]
+        for entry in manifest["shards"]:
+            found = check_shard(folder / entry["name"], entry, variants, threads, bar)
+            faults += [f"{entry['name']} {fault}" for fault in found]
     return faults or problems
 
 
@@ -2337,9 +2328,7 @@ def row_fault(rows: ShardFolder | ImageFolder, index: int) -> str | None:
     return None if isinstance(row["text"], (str, list)) else f"{file}: sample {index} has no caption that can be read"
 
 
-def check_shard(
-    path: Path, entry: dict[str, Any], variants: int | None, threads: ThreadPoolExecutor, tick: Callable
-) -> Iterator[str]:
+def check_shard(path: Path, entry: dict, variants: int | None, threads: ThreadPoolExecutor, bar: Any) -> Iterator[str]:
     """Yield what is wrong with one shard, its entry in the manifest and, if it is of images, its parquet."""
     if fault := tar_fault(path, entry):
         yield fault
@@ -2372,8 +2361,7 @@ def check_shard(
             content = io.BytesIO(file.read(size))
         try:
             if variants is None:
-                with Image.open(content, formats=("JPEG",)) as image:
-                    image.load()
+                Image.open(content, formats=("JPEG",)).load()
             elif size and len(latents := np.load(content, allow_pickle=False)) != variants:
                 return f"{name} holds {len(latents)} variants, the manifest says {variants}"
         except Exception as error:
@@ -2381,7 +2369,7 @@ def check_shard(
         return None
 
     for problem in threads.map(open_image, [member for member in found if member[0].endswith(suffixes[0])]):
-        tick()
+        bar.update()
         if problem:
             yield problem
 
@@ -2506,10 +2494,8 @@ def main(args: argparse.Namespace) -> int:
         wanted = {} if args.captions_only else {args.url_column: "--url_column"}
         wanted[args.caption_column] = "--caption_column"
         wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
-        expected = None
-        if args.verify_hash and Path(args.verify_hash).exists():
-            expected = Hashes(Path(args.verify_hash))
-        elif args.verify_hash:
+        expected = Hashes(Path(args.verify_hash)) if args.verify_hash and Path(args.verify_hash).exists() else None
+        if args.verify_hash and not expected:
             wanted[args.verify_hash] = "--verify_hash (no such path, so taken for a column)"
         check_columns(files, wanted)
 
@@ -2573,10 +2559,10 @@ def main(args: argparse.Namespace) -> int:
             images = summarize(folder, names)
 
     # 7. The truth
-    print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
+    share = f"{images / rows:.1%}"
+    print(f"{images:,} of {rows:,} rows became images ({share}), in {folder}")
     if images < args.min_success * rows:
-        share, asked = f"{images / rows:.1%}", f"{args.min_success:.1%}"
-        raise DataError(f"{share} of the rows became images, --min_success asks for {asked}")
+        raise DataError(f"{share} of the rows became images, --min_success asks for {args.min_success:.1%}")
     return 0
 
 
@@ -2586,10 +2572,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.reconfigure(line_buffering=True)
     try:
         return main(args)
-    except UserError as error:
-        sentence, code = str(error), 2
-    except DataError as error:
-        sentence, code = str(error), 1
+    except (UserError, DataError) as error:
+        sentence, code = str(error), 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         sentence, code = f"stopped. {KEPT}", 130
     except OSError as error:
