@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import signal
@@ -54,7 +53,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 FORMAT = "distill-sd data.py 1"
 ROBOT_NAME = "distill-sd"  # the name that an X-Robots-Tag header may address us by
@@ -98,6 +97,13 @@ class Refused(Exception):
     def __init__(self, reason: str, detail: str = "", wait: float = 0) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail, self.wait = reason, detail, wait
+
+
+def progress_bar(*args: Any, **settings: Any) -> Any:
+    """tqdm's bar, imported where one is shown: workers import this file too, and need none of it."""
+    from tqdm import tqdm
+
+    return tqdm(*args, dynamic_ncols=True, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,9 +409,8 @@ def walk_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     if not whole:
         raise UserError(f"{path} is cut short (its end is missing): fetch it again or remove it.")
     if goes_on:  # what comes there is seen by no reader of tars
-        raise UserError(
-            f"{path} goes on after its end (two tars joined, or damaged): make one tar of it, or two files."
-        )
+        why = "two tars joined, or damaged"
+        raise UserError(f"{path} goes on after its end ({why}): make one tar of it, or two files.")
 
 
 def split_member(name: str) -> tuple[str, str]:
@@ -452,10 +457,7 @@ def caption_in(content: bytes, is_json: bool, entries: Sequence[str]) -> Any:
 
 def entry_of(path: Path) -> dict[str, Any]:
     """The manifest's entry of a shard. Raises UserError where it is cut, or none that `write_tar` wrote."""
-    starts, sizes = [], []
-    for _, start, size in walk_tar(path):
-        starts.append(start)
-        sizes.append(size)
+    starts, sizes = np.array([place for _, *place in walk_tar(path)], np.int64).reshape(-1, 2).T.tolist()
     entry = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "count": len(sizes) // 2}
     entry |= {"image_bytes": sizes[::2], "caption_bytes": sizes[1::2]}
     if len(sizes) % 2 or starts != data_offsets(sizes[::2], sizes[1::2]).flatten().tolist():
@@ -555,10 +557,8 @@ class ShardFolder(Rows):
             for path in sorted(set(shards_in(folder)) - set(self.paths)):
                 self.leave_out("shards that manifest.json does not name", path.name)
         else:
-            from tqdm import tqdm
-
             self.paths = shards_in(folder)
-            progress = tqdm(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
+            progress = progress_bar(self.paths, desc="Indexing shards", unit="shard", disable=len(self.paths) < 10)
             tables = [self._walked(path) for path in progress]
         for number, table in enumerate(tables):
             table["shard"] = number
@@ -583,16 +583,12 @@ class ShardFolder(Rows):
             if self.caption_column != "text" and len(self):
                 self.notes.append(f"--caption_column {self.caption_column} is not read: captions are .txt files.")
             return
-        keys: set[str] = set()
-        for index in np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int):
-            place = self.places[in_json[index]]
-            record = record_of(*self._read(place, "caption"))
-            if record.keys() & set(self._entries):
-                return
-            keys |= record.keys()
-        found = ", ".join(sorted(keys)) or "nothing"
-        where = f"the .json files of {self.paths[0].parent} have no entry {' or '.join(self._entries)}"
-        raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
+        tried = in_json[np.linspace(0, len(in_json) - 1, min(len(in_json), 16)).astype(int)]
+        keys = set().union(*(record_of(*self._read(self.places[index], "caption")) for index in tried))
+        if not keys & set(self._entries):
+            found = ", ".join(sorted(keys)) or "nothing"
+            where = f"the .json files of {self.paths[0].parent} have no entry {' or '.join(self._entries)}"
+            raise UserError(f"--caption_column {self.caption_column}: {where}; they have {found}.")
 
     @staticmethod
     def _computed(path: Path, shard: Mapping[str, Any]) -> np.ndarray:
@@ -624,16 +620,13 @@ class ShardFolder(Rows):
             if ".npy" in members and not images:
                 raise UserError(f"{path} holds latents, which need their manifest.json: it is not there.")
             if images and captions:
-                rows.append((0, *members[images[0]], *captions[0]))
-            if captions:
-                unused, reason = images[1:], "of a key that has another image"
-            else:
-                unread = " (.caption is not read)" if ".caption" in members else ""
-                unused, reason = images, f"without .txt or .json{unread}"
-            for suffix in unused:
-                self.leave_out(reason, f"{path.name}: {key}{suffix}")
-            if not images and captions:
+                rows.append((0, *members[images.pop(0)], *captions[0]))
+            elif captions:
                 self.leave_out("captions without an image", f"{path.name}: {key}")
+            unread = " (.caption is not read)" if ".caption" in members else ""
+            reason = "of a key that has another image" if captions else f"without .txt or .json{unread}"
+            for suffix in images:
+                self.leave_out(reason, f"{path.name}: {key}{suffix}")
         return np.array(rows, PLACE)
 
     def __len__(self) -> int:
@@ -646,12 +639,11 @@ class ShardFolder(Rows):
             return {"image": {"bytes": image}, "text": caption_in(caption, place["json"], self._entries)}
         try:
             record = json.loads(caption)
-            latents = read_npy(image) if image else None
-            row = {"latents": latents, "text": list(record["captions"]), "fault": record.get("fault")}
+            row = {"image": {"bytes": image}, "latents": read_npy(image) if image else None}
+            facts = {"enlarged": record.get("enlarged", False), "fault": record.get("fault")}
+            return row | facts | {"text": list(record["captions"])}
         except Exception as error:  # what a damaged file raises depends on where it is damaged
-            path = self.paths[place["shard"]]
-            raise OSError(f"{path} is damaged ({type(error).__name__}: {error})") from None
-        return row | {"image": {"bytes": image}, "enlarged": record.get("enlarged", False)}
+            raise OSError(f"{self.paths[place['shard']]} is damaged ({type(error).__name__}: {error})") from None
 
     def caption(self, index: int) -> Any:
         """The caption, or the list of them, of a sample. Raises `OSError` as reading a sample does."""
@@ -695,26 +687,17 @@ def files_below(folder: Path) -> Iterator[str]:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.")
 
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        here = os.path.join(os.path.realpath(place), "")
-        folders[:] = [  # without links to where we come from
-            name
-            for name in folders
-            if name[0] != "."
-            and name != "__MACOSX"
-            and not here.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))
-        ]
+        shown, here = [name for name in folders if name[0] != "." and name != "__MACOSX"], Path(place).resolve()
+        folders[:] = [name for name in shown if not here.is_relative_to(Path(place, name).resolve())]  # no way back up
         inside = os.path.relpath(place, folder)
         yield from (os.path.normpath(os.path.join(inside, name)) for name in names if name[0] != ".")
 
 
 def why_no_images(folder: Path) -> list[str]:
     """A sentence where a folder without shards holds no image either: what there is, and which flag reads it."""
-    names, problem = [], f"--train_data_dir {folder} holds neither *.tar shards nor images"
-    for name in files_below(folder):  # no further than the first image
-        if split_member(name)[1] in IMAGE_SUFFIXES:
-            return []
-        names.append(name)
-    names.sort()
+    if any(split_member(name)[1] in IMAGE_SUFFIXES for name in files_below(folder)):  # no further than the first
+        return []
+    names, problem = sorted(files_below(folder)), f"--train_data_dir {folder} holds neither *.tar shards nor images"
     suffixes = {split_member(name)[1]: name for name in names}
     if ".tar" in suffixes:
         return [f"{problem}; there are shards in {os.path.dirname(suffixes['.tar'])}: name that folder."]
@@ -747,8 +730,7 @@ def read_metadata(path: Path) -> Iterator[dict[str, Any]]:
                     try:
                         record = json.loads(line) if line.strip() else None
                     except ValueError as error:
-                        what = f"{path}, line {number}, is no JSON: is the file whole?"
-                        raise UserError(f"{what} ({error})") from None
+                        raise UserError(f"{path}, line {number}, is no JSON: is the file whole? ({error})") from None
                     if isinstance(record, dict):
                         yield record
                     elif record is not None:
@@ -771,9 +753,8 @@ class ImageFolder(Rows):
         super().__init__()
         self.folder, self.caption_column = folder, caption_column
         names = sorted(files_below(folder))
-        there, images = {}, [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
-        for name in names:  # .TXT is a text file too
-            there[os.path.splitext(name)[0] + split_member(name)[1]] = name
+        there = {"".join(split_member(name)): name for name in names}  # .TXT is a text file too
+        images = [name for name in names if split_member(name)[1] in IMAGE_SUFFIXES]
         self.images, captions = len(images), self._read_captions(names, set(images))
         extensions = [caption_extension] if caption_extension else [".txt", ".caption"]
         rows, ignored, repeats = [], [], set()
@@ -782,9 +763,9 @@ class ImageFolder(Rows):
             beside = [there[stem + extension] for extension in extensions if stem + extension in there]
             ignored += beside[name not in captions :]
             if name in captions:
-                rows.append((name, None, json.dumps(captions[name])))
+                rows.append((os.fsencode(name), None, json.dumps(captions[name])))
             elif beside:
-                rows.append((name, beside[0], None))
+                rows.append((os.fsencode(name), os.fsencode(beside[0]), None))
                 repeats |= {part for part in Path(name).parts[:-1] if re.fullmatch(r"\d+_.+", part)}
             else:
                 self.leave_out("without a caption", name)
@@ -810,10 +791,8 @@ class ImageFolder(Rows):
             columns = f"--caption_column {caption_column} is not there; the columns are image"
             raise UserError(f"{columns}: {wanted}{found and f'; there is {found}'}. {self.describe_left_out()}")
         # Names as the system's bytes: in a locale of ASCII they hold what is no text.
-        files = [[name and os.fsencode(name) for name in row[:2]] for row in rows]
-        columns = [pa.array(column, pa.large_binary()) for column in (zip(*files, strict=True) if rows else ([], []))]
-        columns.append(pa.array([caption for *_, caption in rows], pa.large_string()))
-        self.table = pa.table(columns, ["image", "text_file", "caption"])
+        schema = pa.schema({"image": pa.large_binary(), "text_file": pa.large_binary(), "caption": TEXT})
+        self.table = pa.table([[row[column] for row in rows] for column in range(3)], schema=schema)
 
     def _read_captions(self, names: Sequence[str], images: set[str]) -> dict[str, Any]:
         captions: dict[str, Any] = {}
@@ -845,9 +824,8 @@ class ImageFolder(Rows):
         for name in (file_name, file_name.replace("\\", "/")):  # as Windows writes paths
             name = os.fsdecode(name.encode("utf-8", "surrogatepass"))
             real = os.path.isabs(name) and os.path.relpath(os.path.realpath(name), os.path.realpath(self.folder))
-            path = real or os.path.join(place, name)
-            if (found := os.path.normpath(path)) in images:
-                return found
+            if (path := os.path.normpath(real or os.path.join(place, name))) in images:
+                return path
         return None
 
     def __len__(self) -> int:
@@ -960,8 +938,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     for name, path in files:
         if not matches_blob_name(path):  # plain HTTP downloads are not checked by huggingface_hub: once more
             try:
-                again = {"repo_type": "dataset", "revision": commit, "force_download": True}
-                path = Path(hub.hf_hub_download(dataset_name, name, **again))
+                hub.hf_hub_download(dataset_name, name, repo_type="dataset", revision=commit, force_download=True)
             except (errors.HTTPError, OSError, RuntimeError) as error:
                 refuse(f"{name} is damaged in the local cache, and {hub_problem(error, revision)[0]}", DataError)
             if not matches_blob_name(path):
@@ -971,9 +948,7 @@ def fetch_captions(dataset_name: str, revision: str | None) -> tuple[str, Files]
     return commit, files
 
 
-def download_tables(
-    wanted: Mapping[str, str], revision: str | None, passing: tuple[type[Exception], ...]
-) -> tuple[Path, set[str]]:
+def download_tables(wanted: dict[str, str], revision: str | None, passing: tuple[type, ...]) -> tuple[Path, set[str]]:
     """Ask the Hub, and download what it has. Returns the cache's folder and the names of all files of its commit."""
     import huggingface_hub as hub
     from huggingface_hub import constants, utils
@@ -989,11 +964,10 @@ def download_tables(
             folder = Path(hub.snapshot_download(**wanted, revision=revision))
             if folder.name != response.json()["sha"]:  # it fell silent, and the cache had another commit
                 folder = Path(hub.snapshot_download(**wanted, revision=response.json()["sha"]))
-            break
+            return folder, {file["rfilename"] for file in response.json()["siblings"]}
         except passing as error:
             if last_try or hub_problem(error, revision)[1] is UserError:
                 raise
-    return folder, {file["rfilename"] for file in response.json()["siblings"]}
 
 
 def rest_of(names: Iterable[str]) -> set[str]:
@@ -1017,9 +991,8 @@ def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Excep
     }  # a subclass comes before its base
     if words := next((words for kind, words in known.items() if isinstance(error, kind)), None):
         return words, UserError
-    while getattr(error, "response", None) is None and error.__cause__ is not None:
+    while (response := getattr(error, "response", None)) is None and error.__cause__ is not None:
         error = error.__cause__  # "the cache lacks a file", it says, when the Hub did not give it: the cause says why
-    response = getattr(error, "response", None)
     if response is None:
         return f"the Hub can't be reached ({type(error).__name__})", DataError
     what = f"the Hub answered {response.status_code} to {urllib.parse.urlsplit(str(response.url)).path}"
@@ -1030,15 +1003,13 @@ def hub_problem(error: Exception, revision: str | None) -> tuple[str, type[Excep
 
 def matches_blob_name(path: Path) -> bool:
     """Whether a file of the Hub's cache is what the Hub said: its blob is named by its SHA-256, or git's SHA-1."""
-    name = path.resolve().name
-    if path.resolve().parent.name != "blobs":
+    blob = path.resolve()
+    if blob.parent.name != "blobs":
         raise DataError("the Hub's cache holds no links, so hashes are unknown; set HF_HOME to a disk that has them")
-    if re.fullmatch("[0-9a-f]{64}", name):
-        return file_sha256(path) == name
-    if re.fullmatch("[0-9a-f]{40}", name):
-        content = path.read_bytes()  # a file small enough to be kept in git itself
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == name
-    return False
+    if len(blob.name) == 40:
+        content = blob.read_bytes()  # a file small enough to be kept in git itself
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == blob.name
+    return file_sha256(blob) == blob.name
 
 
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")
@@ -1069,19 +1040,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-COMPARISONS = {
-    ">=": pc.greater_equal,
-    "<=": pc.less_equal,
-    "==": pc.equal,
-    "!=": pc.not_equal,
-    ">": pc.greater,
-    "<": pc.less,
-}
+COMPARISONS = {">=": pc.greater_equal, "<=": pc.less_equal, "==": pc.equal, "!=": pc.not_equal}
+COMPARISONS |= {">": pc.greater, "<": pc.less}  # after those that begin with them
 
 
 def parse_filter(text: str) -> tuple[str, Callable, float | str]:
     """`"punsafe<0.1"` -> (column, pyarrow comparison, value). Text values are quoted. Raises ValueError."""
-    match = re.fullmatch(r"\s*([^<>=!]+?)\s*(>=|<=|==|!=|>|<)\s*(\S(?:.*\S)?)\s*", text)
+    match = re.fullmatch(rf"\s*([^<>=!]+?)\s*({'|'.join(COMPARISONS)})\s*(\S(?:.*\S)?)\s*", text)
     if match is None:
         raise ValueError(text)
     column, sign, value = match.groups()
@@ -1118,16 +1083,11 @@ def open_table(path: Path, columns: Sequence[str], types: Types | None = None) -
     if bare and len(names) > len(columns):
         expected = ", ".join(columns)
         raise UserError(f"{path.name} has {len(names)} columns: give it a first line of names, or only {expected}")
-    return pyarrow.csv.open_csv(
-        source,
-        pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None),
-        pyarrow.csv.ParseOptions(
-            delimiter="," if kind == ".csv" else "\t",
-            quote_char=kind != ".txt" and '"',
-            newlines_in_values=kind != ".txt",
-        ),
-        pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or [])),
-    )
+    quotes, delimiter = kind != ".txt", "," if kind == ".csv" else "\t"
+    read = pyarrow.csv.ReadOptions(**blocks, column_names=columns[: len(names)] if bare else None)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=quotes and '"', newlines_in_values=quotes)
+    convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types or []))
+    return pyarrow.csv.open_csv(source, read, parse, convert)
 
 
 @contextlib.contextmanager
@@ -1144,12 +1104,9 @@ def readable(name: str) -> Iterator[None]:
 
 def swallowed_row(batch: pa.RecordBatch) -> str | None:
     """The first value that holds a line with a tab: rows that stand behind a quotation mark without its partner."""
-    for column in batch.columns:
-        if pa.types.is_large_string(column.type):
-            values = column.filter(pc.match_substring_regex(column, r"\n[^\n]*\t"))
-            if len(values):
-                return values[0].as_py()
-    return None
+    columns = [column for column in batch.columns if pa.types.is_large_string(column.type)]
+    found = (column.filter(pc.match_substring_regex(column, r"\n[^\n]*\t")) for column in columns)
+    return next((value.as_py() for values in found for value in values), None)
 
 
 def read_batches(files: Files, types: Types) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -1179,15 +1136,15 @@ def check_columns(files: Files, wanted: dict[str, str]) -> None:
     """Every file must have every wanted column; `wanted` maps the column to the flag that asked for it."""
     for name, path in files:
         with readable(name):
-            parquet = table_kind(path) == ".parquet"
-            names = (pq.read_schema(path) if parquet else open_table(path, list(wanted)).schema).names
+            schema = pq.read_schema(path) if table_kind(path) == ".parquet" else open_table(path, list(wanted)).schema
         for column, flag in wanted.items():
-            if column not in names:
-                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(names)}")
+            if column not in schema.names:
+                raise UserError(f"{flag}: {name} has no column {column!r}; it has {', '.join(schema.names)}")
 
 
-def texts(column: pa.Array, name: str) -> pa.Array:
+def texts(batch: pa.RecordBatch, name: str) -> pa.Array:
     """A column as text, white space around it removed. Raises UserError for a column that holds something else."""
+    column = batch[name]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_null(column.type) or pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
@@ -1216,12 +1173,10 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
     for _, column, _, value in filters:
         types.setdefault(column, TEXT if isinstance(value, str) else pa.float64())
     for first, batch in read_batches(files, types):
-        urls, captions = (texts(batch[column], column) for column in columns)
-        good = {
-            "no URL": pc.not_equal(urls, ""),
-            "URL is not http(s)": pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]"),
-        }
-        good = ({} if args.captions_only else good) | {"no caption": pc.not_equal(captions, "")}
+        urls, captions = (texts(batch, column) for column in columns)
+        on_the_web = pc.match_substring_regex(urls, r"(?i)^https?://[^/?#]")
+        good = {} if args.captions_only else {"no URL": pc.not_equal(urls, ""), "URL is not http(s)": on_the_web}
+        good["no caption"] = pc.not_equal(captions, "")
         for text, column, compare, value in filters:
             try:
                 good[f"filter {text}"] = compare(batch[column], pa.scalar(value))
@@ -1236,15 +1191,14 @@ def select_rows(files: Files, args: argparse.Namespace) -> tuple[np.ndarray, int
         hashes.append(url_hashes(urls.filter(pa.array(keep))))
         total += len(batch)
     _, firsts = np.unique(np.concatenate(hashes), return_index=True)
-    chosen = np.concatenate(rows)
-    dropped["duplicate caption" if args.captions_only else "duplicate URL"] = len(chosen) - len(firsts)
-    chosen = chosen[np.sort(firsts)]
-    return np.random.default_rng(args.seed).permutation(chosen)[: args.max_samples], total, dropped
+    good_rows = np.concatenate(rows)
+    dropped["duplicate caption" if args.captions_only else "duplicate URL"] = len(good_rows) - len(firsts)
+    chosen = np.random.default_rng(args.seed).permutation(good_rows[np.sort(firsts)])[: args.max_samples]
+    return chosen, total, dropped
 
 
 ROW_SCHEMA = pa.schema(
-    [("url", pa.large_string()), ("caption", pa.large_string()), ("input_row", pa.int64())]
-    + [("expected_sha256", pa.string()), ("position", pa.int64())]
+    {"url": TEXT, "caption": TEXT, "input_row": pa.int64(), "expected_sha256": pa.string(), "position": pa.int64()}
 )
 
 
@@ -1260,36 +1214,29 @@ def write_shard_inputs(
     per_group = per_shard * max(1, 50_000 // per_shard)
     by_row = np.argsort(order)
     rows, to_do = order[by_row], 0
+    group_files = [folder / f"group{number}" for number in range(math.ceil(len(order) / per_group))]
     with contextlib.ExitStack() as stack:
-        groups = [
-            stack.enter_context(pa.ipc.new_stream(folder / f"group{number}", ROW_SCHEMA))
-            for number in range(math.ceil(len(order) / per_group))
-        ]
+        groups = [stack.enter_context(pa.ipc.new_stream(file, ROW_SCHEMA)) for file in group_files]
         hash_column = [args.verify_hash] if args.verify_hash and expected is None else []
         columns = [*([] if args.captions_only else [args.url_column]), args.caption_column, *hash_column]
         for first, batch in read_batches(files, dict.fromkeys(columns, TEXT)):
             start, end = np.searchsorted(rows, [first, first + len(batch)])
             chosen = batch.take(pa.array(rows[start:end] - first))
-            urls = pa.nulls(len(chosen), TEXT)
-            if not args.captions_only:
-                urls = texts(chosen[args.url_column], args.url_column)
+            urls = pa.nulls(len(chosen), TEXT) if args.captions_only else texts(chosen, args.url_column)
             if hash_column:
-                digests = pc.utf8_lower(texts(chosen[args.verify_hash], args.verify_hash)).cast(pa.string())
-                wrong = pc.filter(digests, pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
-                if len(wrong.drop_null()):
-                    sentence = f"--verify_hash {args.verify_hash}: {wrong.drop_null()[0].as_py()!r} is not a SHA-256"
-                    raise UserError(sentence)
+                digests = pc.utf8_lower(texts(chosen, args.verify_hash)).cast(pa.string())
+                wrong = digests.filter(pc.invert(pc.match_substring_regex(digests, "^([0-9a-f]{64})?$")))
+                if len(wrong):
+                    raise UserError(f"--verify_hash {args.verify_hash}: {wrong[0].as_py()!r} is not a SHA-256")
                 digests = pc.if_else(pc.equal(digests, ""), None, digests)
             else:
-                digests = pa.array(expected.of(urls) if expected else [None] * len(chosen), pa.string())
+                digests = expected.of(urls) if expected else [None] * len(chosen)
             positions = by_row[start:end]
-            captions = texts(chosen[args.caption_column], args.caption_column)
-            arrays = [urls, captions, pa.array(rows[start:end]), digests, pa.array(positions)]
+            arrays = [urls, texts(chosen, args.caption_column), rows[start:end], digests, positions]
             table = pa.record_batch(arrays, schema=ROW_SCHEMA)
             for number in np.unique(positions // per_group):
                 groups[number].write_batch(table.filter(pa.array(positions // per_group == number)))
-    for number in range(len(groups)):
-        group_file = folder / f"group{number}"
+    for number, group_file in enumerate(group_files):
         with pa.ipc.open_stream(group_file) as reader:
             table = reader.read_all().sort_by("position").combine_chunks()
         for start in range(0, len(table), per_shard):
@@ -1320,17 +1267,14 @@ def write_captions(work: Path, names: Sequence[str], args: argparse.Namespace) -
 
     A shard that is there and the same is left as it is: so a run goes on, a folder grows and damage is mended.
     """
-    from tqdm import tqdm
-
     folder, entries = Path(args.output_dir), []
-    for name in tqdm(names, "Writing", unit=" shards"):
+    for name in progress_bar(names, "Writing", unit=" shards"):
         with pa.ipc.open_file(work / f"{name}.arrow") as reader:
             table = reader.read_all()
         content = caption_tar(table["position"].to_pylist(), table["caption"].to_pylist())
         path, digest = folder / f"{name}.tar", hashlib.sha256(content).hexdigest()
         if not path.is_file() or file_sha256(path) != digest:
             hidden(path).write_bytes(content)
-            sync(hidden(path))
             put_in_place(hidden(path), path)
         entries.append(json.dumps({"name": path.name, "bytes": len(content), "sha256": digest, "count": len(table)}))
         (work / f"{name}.arrow").unlink()
@@ -1351,17 +1295,15 @@ class Hashes:
         urls, digests = [np.empty(0, np.uint64)], [np.empty(0, "S64")]
         for _, batch in read_batches(files, {"url": TEXT, "sha256": pa.string()}):
             batch = batch.filter(pc.is_valid(batch["sha256"]))
-            urls.append(url_hashes(texts(batch["url"], "url")))
+            urls.append(url_hashes(texts(batch, "url")))
             digests.append(np.asarray(batch["sha256"].to_pylist(), "S64"))
         order = np.argsort(np.concatenate(urls), kind="stable")
         self.urls, self.digests = np.concatenate(urls)[order], np.concatenate(digests)[order]
 
     def of(self, urls: pa.Array) -> list[str | None]:
         wanted = url_hashes(urls)
-        at = np.minimum(np.searchsorted(self.urls, wanted), len(self.urls) - 1)
-        if len(self.urls) == 0:
-            return [None] * len(wanted)
-        return [self.digests[i].decode() if self.urls[i] == hash else None for i, hash in zip(at, wanted, strict=True)]
+        ends = (np.searchsorted(self.urls, wanted, side) for side in ("left", "right"))
+        return [self.digests[start].decode() if start < end else None for start, end in zip(*ends, strict=True)]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.urls.tobytes() + self.digests.tobytes()).hexdigest()
@@ -1384,6 +1326,7 @@ REFUSED_NETWORKS = [
 ]
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+DEFAULT_PORTS = {"http": 80, "https": 443}  # of the schemes that are fetched
 
 
 def is_public(address: str) -> bool:
@@ -1391,30 +1334,26 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 6 and (ip.ipv4_mapped or ip in NAT64):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    if ip.version == 6 and ip not in GLOBAL_IPV6:  # local, mapped, compatible, multicast and unassigned ones
-        return False
-    if any(ip in network for network in REFUSED_NETWORKS if network.version == ip.version):
-        return False
+    if any(ip in network for network in REFUSED_NETWORKS) or (ip.version == 6 and ip not in GLOBAL_IPV6):
+        return False  # outside the global ones are local, mapped, compatible, multicast and unassigned ones
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
 def resolve(host: str, port: int, allow_private: bool, seconds: float) -> list[tuple]:
     """Look a name up, in at most `seconds`. Returns what `socket.getaddrinfo` does; one private answer refuses all."""
-    answer: queue.SimpleQueue = queue.SimpleQueue()
+    answer: Future = Future()
 
     def look_up() -> None:
         try:
-            answer.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            answer.put(error)
+            answer.set_exception(Refused("dns", f"{host}: {error}"))
 
     threading.Thread(target=look_up, daemon=True).start()  # in a thread: getaddrinfo takes no time limit
     try:
-        found = answer.get(timeout=max(0.01, seconds))
-    except queue.Empty:
+        found = answer.result(max(0.01, seconds))
+    except TimeoutError:
         raise Refused("dns", f"{host}: no answer in time") from None
-    if isinstance(found, Exception):
-        raise Refused("dns", f"{host}: {found}")
     for *_, address in found:
         if not allow_private and not is_public(address[0]):
             raise Refused("private_address", f"{host} is {address[0]}")
@@ -1500,10 +1439,9 @@ class Body(io.BytesIO):
         self.sha256 = hashlib.sha256()
 
     def close(self) -> None:
-        claim, self.claim = self.claim, 0
+        self.budget.give_back(self.claim)
+        self.claim = 0
         super().close()
-        if claim:
-            self.budget.give_back(claim)
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
@@ -1511,10 +1449,10 @@ def split_url(url: str) -> tuple[str, str, int, str]:
     try:
         parts = urllib.parse.urlsplit(url.strip())
         host = (parts.hostname or "").encode("ascii" if ":" in (parts.hostname or "") else "idna").decode("ascii")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+        port = parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
     except ValueError as error:  # UnicodeError is one
         raise Refused("bad_url", str(error)) from None
-    if parts.scheme not in ("http", "https"):
+    if parts.scheme not in DEFAULT_PORTS:
         raise Refused("bad_scheme", parts.scheme)
     if not host:
         raise Refused("bad_url", "no host")
@@ -1604,13 +1542,9 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
     try:
         for _ in range(6):
             scheme, host, port, target = split_url(url)
-            wire = open_socket(scheme, host, port, args, deadline)
-            with contextlib.closing(wire):
-                if scheme == "https":
-                    connection = http.client.HTTPSConnection(host, port, context=tls_context())
-                else:
-                    connection = http.client.HTTPConnection(host, port)
-                connection.sock = wire
+            with open_socket(scheme, host, port, args, deadline) as wire:
+                connection = http.client.HTTPConnection(host, port)
+                connection.sock, connection.default_port = wire, DEFAULT_PORTS[scheme]
                 wire.allowance = 64 * 1024  # for all headers together; http.client alone would take 6 MB of them
                 connection.request("GET", target, headers={"User-Agent": agent, "Accept": "image/*"})
                 with connection.getresponse() as response:
@@ -1624,8 +1558,8 @@ def request(url: str, body: Body, args: argparse.Namespace) -> None:
                     return read_body(response, wire, body, args)
         raise Refused("too_many_redirects")
     except TimeoutError:
-        late = time.monotonic() >= deadline
-        raise Refused("deadline" if late else "timeout", "the server was too slow") from None
+        reason = "deadline" if time.monotonic() >= deadline else "timeout"
+        raise Refused(reason, "the server was too slow") from None
     except ssl.SSLError as error:
         raise Refused("tls", error.reason or str(error)) from None
     except http.client.IncompleteRead:
@@ -1648,14 +1582,10 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
             passing = refused.reason.startswith(("http_5", *PASSING))
             failures += passing
             busy += refused.reason == "busy"
-            if failures > args.retries or busy > 2 or not (passing or refused.reason == "busy"):
-                raise
-            if refused.wait > args.deadline:  # too long for a thread to stand still: --retry_failed asks again
+            again = (passing and failures <= args.retries) or (refused.reason == "busy" and busy <= 2)
+            if not again or refused.wait > args.deadline:  # too long to stand still: --retry_failed asks again
                 raise
             time.sleep(max(refused.wait, min(4, 0.5 * 2 ** (failures + busy))))
-        except BaseException:
-            body.close()
-            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1664,22 +1594,16 @@ def fetch(url: str, args: argparse.Namespace, budget: ByteBudget) -> Body:
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM")
 BAND_PIXELS = 2**20
 DECODER_BYTES = 125e6  # with the bodies of `ByteBudget`, what a worker may hold beyond what it needs when idle
-EXIF_ORIENTATION = 0x0112
 
 
 def decoder_bytes(image: Image.Image, pixels: int) -> float:
     """What decoding takes at its peak, as measured on Pillow 13 (`pixels`: of the source, before any `draft`)."""
-    if image.format == "WEBP":
-        return 17 * pixels  # two canvases, one copy and the image
-    if image.format == "AVIF":
-        return 10 * pixels
-    if image.format == "TIFF":
-        return 8 * pixels  # a strip may be as large as the image, or a second one made to turn it
     if image.format in ("JPEG", "MPO"):
-        most = max(across * down for _, across, down, _ in image.layer)
-        coefficients = sum(across * down for _, across, down, _ in image.layer) / most
+        areas = [across * down for _, across, down, _ in image.layer]
+        coefficients = sum(areas) / max(areas)
         return 2 * coefficients * pixels + 4 * image.width * image.height  # kept whole if there are several scans
-    return 4 * pixels
+    # Of WebP two canvases, one copy and the image; a TIFF's strip, or a second one made to turn it, may be as large.
+    return {"WEBP": 17, "AVIF": 10, "TIFF": 8}.get(image.format, 4) * pixels
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
@@ -1711,33 +1635,30 @@ def square_jpeg(stream: BinaryIO, args: argparse.Namespace) -> tuple[bytes, int,
     Image.MAX_IMAGE_PIXELS = None  # ours is stricter, and a refusal instead of a warning
     try:
         image = Image.open(stream, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        raise Refused("not_an_image", "unknown format") from None
     except Exception as error:  # a header made to break the parser may raise anything
-        raise Refused("not_an_image", str(error)) from None
+        words = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise Refused("not_an_image", words) from None
     try:
-        with image:
-            width, height = image.size
-            if min(width, height) < args.min_image_size:
-                raise Refused("too_small", f"{width}x{height}")
-            if image.format in ("JPEG", "MPO"):
-                image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
-            memory = decoder_bytes(image, width * height)
-            if width * height > args.max_pixels or memory > max(DECODER_BYTES, 5 * args.max_pixels):
-                raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
-            check_range(image)
-            image.load()
-            try:
-                orientation = image.getexif().get(EXIF_ORIENTATION)  # a TIFF is turned, and cleared, when it is loaded
-            except Exception:
-                orientation = None  # EXIF data that can't be read says nothing
-            square = centre_square(image, args.image_size)
+        width, height = image.size
+        if min(width, height) < args.min_image_size:
+            raise Refused("too_small", f"{width}x{height}")
+        if image.format in ("JPEG", "MPO"):
+            image.draft(None, (2 * args.image_size, 2 * args.image_size))  # decodes at 1/2, 1/4 or 1/8
+        memory = decoder_bytes(image, width * height)
+        if width * height > args.max_pixels or memory > max(DECODER_BYTES, 5 * args.max_pixels):
+            raise Refused("too_many_pixels", f"{width}x{height} {image.format}")
+        check_range(image)
+        image.load()
+        orientation = None
+        with contextlib.suppress(Exception):  # EXIF data that can't be read says nothing
+            orientation = image.getexif().get(ExifTags.Base.Orientation)  # loading turns a TIFF, and clears this
+        square = centre_square(image, args.image_size)
     except Refused:
         raise
     except Exception as error:
         raise Refused("broken_image", f"{type(error).__name__}: {error}") from None
     if orientation in range(2, 9):
-        square.getexif()[EXIF_ORIENTATION] = orientation  # which a crop forgets
+        square.getexif()[ExifTags.Base.Orientation] = orientation  # which a crop forgets
         square = ImageOps.exif_transpose(square)
         width, height = (height, width) if orientation > 4 else (width, height)
     output = io.BytesIO()
@@ -1757,21 +1678,25 @@ RESULT_SCHEMA = pa.schema(
 )
 
 
-def notes_of(parquet: Path) -> dict[bytes, bytes]:
-    """What a shard's table notes beside its rows; nothing where it is missing or damaged. Raises the disk's errors."""
+def notes_of(parquet: Path, whole: bool = False) -> dict[bytes, bytes]:
+    """What a shard's table notes beside its rows (read too if `whole`); nothing where it is missing or damaged.
+
+    Raises the disk's errors.
+    """
     try:
-        return pq.read_schema(parquet).metadata or {}
-    except FileNotFoundError:
-        return {}
+        notes = pq.read_schema(parquet).metadata or {}
+        if whole:
+            pq.read_table(parquet, page_checksum_verification=True)
+        return notes
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        if getattr(error, "errno", None):
-            raise
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise  # the disk's trouble: the table may be sound
         return {}
 
 
-def recorded(parquet: Path) -> dict[str, Any] | None:
+def recorded(parquet: Path, whole: bool = False) -> dict[str, Any] | None:
     """What a shard's parquet records of its tar (`name`, `bytes`, `sha256`), or None if it can't be read."""
-    notes = notes_of(parquet)
+    notes = notes_of(parquet, whole)
     try:
         digest = notes[b"tar_sha256"].decode()
         return {"name": f"{parquet.stem}.tar", "bytes": int(notes[b"tar_bytes"]), "sha256": digest}
@@ -1781,13 +1706,15 @@ def recorded(parquet: Path) -> dict[str, Any] | None:
 
 def request_of(parquet: Path) -> dict[str, Any] | None:
     """The manifest's head at the time when a shard was written; None if the file can't be read, or isn't ours."""
-    notes = notes_of(parquet)
-    return json.loads(notes[b"request"]) if b"request" in notes else None
+    return json.loads(notes_of(parquet).get(b"request", "null"))
 
 
-def is_done(folder: Path, name: str) -> bool:
+def rows_done(folder: Path, name: str, *columns: str) -> pa.Table:
+    """Of a shard that is done, the rows (all columns if none is named); of another, none."""
     tar, entry = folder / f"{name}.tar", recorded(folder / f"{name}.parquet")
-    return entry is not None and tar.is_file() and tar.stat().st_size == entry["bytes"]
+    if entry is None or not tar.is_file() or tar.stat().st_size != entry["bytes"]:
+        return RESULT_SCHEMA.empty_table()
+    return pq.read_table(folder / f"{name}.parquet", columns=list(columns) or None)
 
 
 def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -1801,24 +1728,15 @@ def commit_shard(folder: Path, name: str, table: pa.Table, samples: Iterable[tup
     put_in_place(hidden(tar), tar)
 
 
-def finish_renames(folder: Path) -> None:
-    """After a crash: complete a commit whose tar was whole, and remove our own leftovers of the others."""
-    for part in sorted(folder.glob(".*.part")):
-        if match := re.fullmatch(r"\.(\d{5,})\.(tar|parquet)\.part", part.name):
-            entry = recorded(folder / f"{match[1]}.parquet")
-            whole = match[2] == "tar" and entry is not None and part.stat().st_size == entry["bytes"]
-            if whole and file_sha256(part) == entry["sha256"]:
-                put_in_place(part, folder / f"{match[1]}.tar")
-            else:
-                part.unlink()
+def shard_entry(folder: Path, name: str) -> str | None:
+    """A shard's entry in the manifest, as JSON text: a quarter of the memory that its lists of sizes would take.
 
-
-def shard_entry(folder: Path, name: str) -> str:
-    """A shard's entry in the manifest, as JSON text: a quarter of the memory that its lists of sizes would take."""
-    table = pq.read_table(folder / f"{name}.parquet", columns=["status", "jpg_bytes", "caption_bytes"])
-    table = table.filter(pc.equal(table["status"], "ok"))
+    None if it is not done.
+    """
+    rows = rows_done(folder, name, "status", "jpg_bytes", "caption_bytes")
+    table = rows.filter(pc.equal(rows["status"], "ok"))
     sizes = {"image_bytes": table["jpg_bytes"].to_pylist(), "caption_bytes": table["caption_bytes"].to_pylist()}
-    return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes)
+    return json.dumps(recorded(folder / f"{name}.parquet") | {"count": len(table)} | sizes) if len(rows) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1833,7 +1751,7 @@ def download_shard(args: argparse.Namespace, row: tuple[int, str]) -> tuple[bool
     return True, row  # "it went well", to them; an error is raised, and ends the run
 
 
-class Shard:
+class Shard(contextlib.AbstractContextManager):
     """Fetches, resizes and writes the rows of one shard; images wait in a spool file for `commit` to order them.
 
     While it is at work, the spool file is touched every second, see `Heartbeats`.
@@ -1851,15 +1769,10 @@ class Shard:
         self.spool = open(self.spool_file, "wb+")
         self.progress = open(Path(rows_file).with_suffix(".progress"), "wb", buffering=0)
         self.over = threading.Event()
-        self.heart = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> "Shard":
-        self.heart.start()
-        return self
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def __exit__(self, *_: Any) -> None:
         self.over.set()
-        self.heart.join()
         self.progress.close()
         with contextlib.suppress(OSError):  # a full disk, which has been raised already
             self.spool.close()
@@ -1867,7 +1780,7 @@ class Shard:
 
     def _beat(self) -> None:
         while not self.over.wait(1):
-            with contextlib.suppress(OSError):  # one beat less: the next may go through
+            with contextlib.suppress(OSError):  # one beat less: the next may go through, or the shard is finished
                 os.utime(self.spool_file)
 
     def fetch_all(self) -> None:
@@ -1875,31 +1788,23 @@ class Shard:
         threads = ThreadPoolExecutor(self.args.thread_count)
         coming = iter(range(len(self.rows)))
 
-        def submit(count: int) -> set[Future]:
-            return {threads.submit(self._fetch, index) for index in itertools.islice(coming, count)}
+        def submit(count: int) -> dict[Future, int]:
+            rows = itertools.islice(coming, count)
+            return {threads.submit(fetch, self.rows[row]["url"], self.args, self.budget): row for row in rows}
 
         try:
             waiting = submit(2 * self.args.thread_count)  # no more bodies than these are held
             while waiting:
-                arrived, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in arrived:
-                    self._keep(*future.result())
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    self._keep(waiting.pop(future), future)
                     waiting |= submit(1)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch(self, index: int) -> tuple[int, "Body | Refused"]:
-        try:
-            return index, fetch(self.rows[index]["url"], self.args, self.budget)
-        except Refused as refused:
-            return index, refused
-
-    def _keep(self, index: int, got: "Body | Refused") -> None:
+    def _keep(self, index: int, fetched: Future) -> None:
         outcome = self.outcomes[index]
         try:
-            if isinstance(got, Refused):
-                raise got
-            with got:
+            with fetched.result() as got:
                 digest = got.sha256.hexdigest()
                 outcome |= {"sha256": digest, "downloaded_bytes": got.tell()}
                 if self.rows[index]["expected_sha256"] not in (None, digest):
@@ -1918,35 +1823,30 @@ class Shard:
     def commit(self) -> None:
         """Put what came of the rows in order, beside what an earlier run had of this shard, under its final name."""
         per_shard = self.args.number_sample_per_shard
-        digits = max(1, len(str(per_shard - 1)))
-        records: dict[int, dict[str, Any]] = {}
-        old_tar = None
-        if is_done(self.folder, self.name):
-            table = pq.read_table(self.folder / f"{self.name}.parquet").to_pylist()
-            kept = [record for record in table if record["status"] == "ok"]
-            offsets = data_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
-            for record, (start, _) in zip(kept, offsets, strict=True):
-                record |= {"old": True, "offset": start}
-            records = dict(enumerate(table))
-            old_tar = open(self.folder / f"{self.name}.tar", "rb")
+        digits = len(str(per_shard - 1))
+        old = rows_done(self.folder, self.name).to_pylist()
+        old_tar = open(self.folder / f"{self.name}.tar", "rb") if old else None
+        records = dict(enumerate(old))
+        kept = [record for record in old if record["status"] == "ok"]
+        offsets = data_offsets([r["jpg_bytes"] for r in kept], [r["caption_bytes"] for r in kept])
+        for record, (start, _) in zip(kept, offsets, strict=True):
+            record |= {"source": old_tar, "offset": start}
         for row, outcome in zip(self.rows, self.outcomes, strict=True):
             place = row["position"] % per_shard
-            taken = {name: row[name] for name in ("url", "caption", "input_row")}
-            taken |= {"key": f"{self.name}{place:0{digits}d}", "caption_bytes": len(row["caption"].encode())}
-            records[place] = dict.fromkeys(RESULT_SCHEMA.names) | outcome | taken
+            added = {"key": f"{self.name}{place:0{digits}d}", "caption_bytes": len(row["caption"].encode())}
+            records[place] = row | outcome | added
         ordered = [records[place] for place in sorted(records)]
 
         def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
             for record in ordered:
                 if record["status"] == "ok":
-                    source = old_tar if record.get("old") else self.spool
+                    source = record.get("source", self.spool)
                     source.seek(record["offset"])
                     jpg, caption = source.read(record["jpg_bytes"]), record["caption"].encode()
                     yield record["key"], {".jpg": jpg, ".txt": caption}
 
         self.spool.flush()
-        columns = {name: [record[name] for record in ordered] for name in RESULT_SCHEMA.names}
-        table = pa.table(columns, RESULT_SCHEMA.with_metadata({"request": json.dumps(self.args.request)}))
+        table = pa.Table.from_pylist(ordered, RESULT_SCHEMA.with_metadata({"request": json.dumps(self.args.request)}))
         commit_shard(self.folder, self.name, table, samples())
         if old_tar:
             old_tar.close()
@@ -1985,8 +1885,8 @@ def download(config: dict[str, Any]) -> None:
     """Runs in the child: let img2dataset hand the shards to workers, and say in one line what ended it."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     args = argparse.Namespace(**config)
-    files = sorted((Path(args.output_dir) / ".unfinished").glob("*.arrow"), key=lambda path: int(path.stem))
-    shards = [(int(path.stem), str(path)) for path in files]
+    files = (Path(args.output_dir) / ".unfinished").glob("*.arrow")
+    shards = sorted((int(path.stem), str(path)) for path in files)
     for name in UNUSED_MODULES:  # torch comes with the first one, and Python 3.13 has no imghdr any more
         sys.modules.setdefault(name, types.ModuleType(name))
     try:
@@ -1998,10 +1898,9 @@ def download(config: dict[str, Any]) -> None:
         distribute(min(args.processes_count, len(shards)), functools.partial(download_shard, args), shards, 1000, 0)
     except Exception as error:
         text = str(error).strip()
-        if "No space left on device" in text or "Disk quota exceeded" in text:
-            end_with("the disk is full", may_pass=True)
-        if isinstance(error, OSError) and error.errno:
-            end_with(text, may_pass=True)
+        full = "No space left on device" in text or "Disk quota exceeded" in text
+        if full or (isinstance(error, OSError) and error.errno):
+            end_with("the disk is full" if full else text, may_pass=True)
         traceback.print_exc()
         end_with(f"{type(error).__name__}: {text.rpartition(chr(10))[2]}", may_pass=False)
 
@@ -2025,15 +1924,13 @@ def watch_workers() -> None:
 def die_with_parent() -> None:
     """Standard input is a pipe that only the parent holds: it closes when the parent ends, even by SIGKILL."""
     os.read(0, 1)
-    os.killpg(0, signal.SIGTERM)  # multiprocessing's resource tracker ignores it, cleans up and ends by itself
-    time.sleep(2)
-    os.killpg(0, signal.SIGKILL)
+    end_group(0)
 
 
 def end_group(group: int) -> None:
     """End every process of a group: by request, and after two seconds by force."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGTERM)  # multiprocessing's resource tracker ignores it, cleans up and ends by itself
         for _ in range(40):
             os.killpg(group, 0)
             time.sleep(0.05)
@@ -2077,16 +1974,9 @@ def run_img2dataset(args: argparse.Namespace, while_running: Callable[[], None])
     heartbeats = Heartbeats(args)
     config = Path(args.output_dir) / ".unfinished" / "config.json"  # too long for an argument if tables are many
     config.write_text(json.dumps(vars(args)))
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, here, str(config)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-c", code, here, str(config)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    child = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
     last_lines: collections.deque[str] = collections.deque(maxlen=40)
     reader = threading.Thread(target=lambda: last_lines.extend(child.stdout), daemon=True)
     reader.start()
@@ -2120,21 +2010,19 @@ class Progress:
     """
 
     def __init__(self, args: argparse.Namespace, names: Sequence[str], rows: int, to_do: int) -> None:
-        from tqdm import tqdm
-
         self.folder, self.head, self.names = Path(args.output_dir), args.request, names
-        self.entries = {name: shard_entry(self.folder, name) for name in names if is_done(self.folder, name)}
+        self.entries: dict[str, str | None] = {}
         self.seen: collections.Counter[str] = collections.Counter()  # bytes, by shard
         self.listed: set[str] = set()  # finished in this run, and in the manifest
         self.images = 0
         self.started = time.monotonic()
-        self.bar = tqdm(total=rows, initial=rows - to_do, unit=" rows", dynamic_ncols=True, mininterval=0.5)
+        self.bar = progress_bar(total=rows, initial=rows - to_do, unit=" rows", mininterval=0.5)
         self.wandb = None
         if args.enable_wandb:
             import wandb
 
             self.wandb = wandb.init(project="distill-sd-data", config=args.request)
-        self.save(complete=False)
+        self.save(names)
 
     def look(self) -> None:
         """Read what workers have reported since, and list the shards that they have finished in the manifest."""
@@ -2151,17 +2039,15 @@ class Progress:
             self.bar.set_postfix_str(f"{speed:.1f} images/s, {self.images / rows:.0%} ok", refresh=False)
         finished = self.seen.keys() - self.listed - {path.stem for path in work.glob("*.spool")}
         if finished and time.monotonic() - self.saved > 10 * self.saving:  # a large manifest takes a second
-            for name in finished:
-                if is_done(self.folder, name):
-                    self.entries[name] = shard_entry(self.folder, name)
             self.listed |= finished
-            self.save(complete=False)
+            self.save(finished)
 
-    def save(self, complete: bool) -> None:
-        """Write the manifest."""
+    def save(self, names: Iterable[str], at_end: bool = False) -> None:
+        """Write the manifest, with these shards as they are now."""
+        self.entries |= {name: shard_entry(self.folder, name) for name in names}
+        entries = [self.entries[name] for name in self.names if self.entries[name]]
         started = time.monotonic()
-        entries = [self.entries[name] for name in self.names if name in self.entries]
-        write_manifest(self.folder, self.head | {"complete": complete}, entries)
+        write_manifest(self.folder, self.head | {"complete": at_end and len(entries) == len(self.names)}, entries)
         self.saved = time.monotonic()
         self.saving = self.saved - started
         if self.wandb:
@@ -2170,8 +2056,7 @@ class Progress:
     def close(self) -> None:
         """After the workers' end: the manifest as the shards are now."""
         self.bar.close()
-        self.entries = {name: shard_entry(self.folder, name) for name in self.names if is_done(self.folder, name)}
-        self.save(complete=len(self.entries) == len(self.names))
+        self.save(self.names, at_end=True)
         if self.wandb:
             self.wandb.finish()
 
@@ -2202,20 +2087,17 @@ def claim_folder(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, A
         except BlockingIOError:
             raise UserError(f"--output_dir {folder}: another data.py is at work in it") from None
         manifest = our_manifest(folder, args)
-        at_the_end.callback(leave_finished_shards, folder)
-        yield manifest
+        try:
+            yield manifest
+        finally:
+            clear_unfinished(folder)
+            if not holds_shards(folder):
+                (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def leave_finished_shards(folder: Path) -> None:
-    """Remove what is unfinished, and the manifest of a folder that holds no shard."""
-    clear_unfinished(folder)
-    if not holds_shards(folder):
-        (folder / "manifest.json").unlink(missing_ok=True)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -2230,13 +2112,12 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     """
     path = folder / "manifest.json"
     try:
-        manifest, damage = read_manifest(folder), None
-    except UserError as error:
-        manifest, damage = None, error
-    requests = [] if manifest else list(filter(None, map(request_of, folder.glob("*.parquet"))))
-    if damage and not requests:
-        raise damage
-    if requests:
+        manifest = read_manifest(folder)
+    except UserError:
+        manifest = None
+        if not any(map(request_of, folder.glob("*.parquet"))):
+            raise
+    if manifest is None and (requests := list(filter(None, map(request_of, folder.glob("*.parquet"))))):
         print(f"{path} is lost or damaged: it is made anew from the tables of {len(requests)} shards.")
         manifest = max(requests, key=lambda request: request["rows"]["chosen"])  # of a folder that grew, the last
     if manifest is None:
@@ -2248,9 +2129,8 @@ def our_manifest(folder: Path, args: argparse.Namespace) -> dict[str, Any] | Non
     if manifest.get("format") != FORMAT or "latents" in manifest or not parts <= manifest.keys():
         raise UserError(f"{path} was not written by this version of data.py ({FORMAT!r})")
     if manifest.get("captions_only", False) != args.captions_only:
-        raise UserError(
-            f"--output_dir {folder} was made {'without' if args.captions_only else 'with'} --captions_only"
-        )
+        how = "without" if args.captions_only else "with"
+        raise UserError(f"--output_dir {folder} was made {how} --captions_only")
     if not holds_shards(folder):
         return None  # nothing there that other settings could be mixed with
     refuse_difference(folder, manifest["settings"], {name: getattr(args, name) for name in IMAGE_SETTINGS})
@@ -2274,9 +2154,8 @@ def refuse_other_rows(folder: Path, then: dict[str, Any], now: dict[str, Any], o
         rows = {name: request["settings"][name] for name in ROW_SETTINGS}
         return rows | {"revision": source["revision"], "files": files, "hashes": source["verify_hash_sha256"]}
 
-    count = then["rows"]["chosen"]
-    same_rows = count <= len(order) and rows_digest(order[:count]) == then["input"]["chosen_rows_sha256"]
-    if not same_rows or decisive(then) != decisive(now):
+    digest = rows_digest(order[: then["rows"]["chosen"]])
+    if digest != then["input"]["chosen_rows_sha256"] or decisive(then) != decisive(now):
         refuse_difference(folder, described(then), described(now))
         raise UserError(f"--output_dir {folder} was made of other rows. Use another folder")
 
@@ -2292,40 +2171,28 @@ def rows_digest(order: np.ndarray) -> str:
     return hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()
 
 
-def forget_damaged(folder: Path, names: Sequence[str]) -> list[str]:
+def forget_damaged(folder: Path, names: Sequence[str]) -> None:
     """Read the finished shards back. Of a damaged one the table is removed, so that all its rows are fetched again.
 
-    Returns a sentence for each. Its tar stays until another is put in its place.
+    Prints a sentence for each. Its tar stays until another is put in its place.
     """
-    from tqdm import tqdm
-
     begun = [name for name in names if any((folder / f"{name}{suffix}").exists() for suffix in (".tar", ".parquet"))]
-    if not begun:
-        return []
-    faults = []
+
+    def fault_of(name: str) -> str | None:
+        return tar_fault(folder / f"{name}.tar", recorded(folder / f"{name}.parquet", whole=True))
+
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = threads.map(lambda name: table_fault(folder / f"{name}.parquet"), begun)
-        for name, fault in zip(begun, tqdm(found, "Reading back", len(begun), unit=" shards"), strict=True):
+        bar = progress_bar(threads.map(fault_of, begun), "Reading back", len(begun), unit=" shards", disable=not begun)
+        for name, fault in zip(begun, bar, strict=True):
             if fault is not None:
                 (folder / f"{name}.parquet").unlink(missing_ok=True)
-                faults.append(f"{name}.tar {fault}: its rows are fetched again.")
-    return faults
+                bar.write(f"{name}.tar {fault}: its rows are fetched again.")
 
 
-def table_fault(parquet: Path) -> str | None:
-    """What is wrong with a finished shard's table, or with its tar by what the table records. None: nothing."""
-    entry = recorded(parquet)
-    try:
-        pq.read_table(parquet, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOENT):
-            raise  # the disk's trouble: the table may be sound
-        entry = None
-    return "has no sound table" if entry is None else tar_fault(parquet.with_suffix(".tar"), entry)
-
-
-def tar_fault(tar: Path, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with a shard by its recorded size and hash. None: nothing."""
+def tar_fault(tar: Path, entry: Mapping[str, Any] | None) -> str | None:
+    """What is wrong with a shard by its recorded size and hash, or with the record. None: nothing."""
+    if entry is None:
+        return "has no sound table"
     if not tar.is_file():
         return "is missing"
     if tar.stat().st_size != entry["bytes"]:
@@ -2339,11 +2206,10 @@ def check_tools(args: argparse.Namespace) -> None:
         raise UserError("data.py needs a POSIX system to download (training reads its shards on any)")
     if args.captions_only:
         return
-    if args.distributor != "multiprocessing" and importlib.util.find_spec(args.distributor) is None:
-        sentence = f"--distributor {args.distributor}: that package is not installed (pip install {args.distributor})"
-        raise UserError(sentence)
-    if importlib.util.find_spec("img2dataset") is None:
-        raise UserError("img2dataset is not installed (pip install img2dataset)")
+    needed = {args.distributor: f"--distributor {args.distributor}: that package", "img2dataset": "img2dataset"}
+    for package, words in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{words} is not installed (pip install {package})")
     if args.enable_wandb:
         check_wandb("--enable_wandb")
 
@@ -2358,8 +2224,17 @@ def expected_bytes(rows: int, args: argparse.Namespace) -> int:
 
 
 def clear_unfinished(folder: Path) -> Path:
-    """Remove what an interrupted run left of unfinished shards; returns the (absent) hidden folder for new ones."""
-    finish_renames(folder)
+    """Complete a commit whose tar was whole, and remove what an interrupted run left of others.
+
+    Returns the (absent) hidden folder for new ones.
+    """
+    for part in sorted(folder.glob(".*.part")):
+        if match := re.fullmatch(r"\.(\d{5,})\.(tar|parquet)\.part", part.name):
+            entry = recorded(folder / f"{match[1]}.parquet")
+            if match[2] == "tar" and tar_fault(part, entry) is None:
+                put_in_place(part, folder / f"{match[1]}.tar")
+            else:
+                part.unlink()
     hidden(folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder / ".unfinished", ignore_errors=True)
     return folder / ".unfinished"
@@ -2370,31 +2245,30 @@ def places_to_do(folder: Path, name: str, rows: int, retry: Sequence[str] | None
 
     `retry` is None for no row, empty for those whose failure may pass, ["all"] for every row that failed.
     """
-
-    def wanted(status: str) -> bool:
-        return retry is not None and status != "ok" and (bool(retry) or status.startswith(("http_5", *PASSING_LATER)))
-
-    there = []
-    if is_done(folder, name):
-        there = pq.read_table(folder / f"{name}.parquet", columns=["status"])["status"].to_pylist()
-    return [place for place in range(rows) if place >= len(there) or wanted(there[place])]
+    begins = "" if retry else ("http_5", *PASSING_LATER)  # every status does with the former
+    there = rows_done(folder, name, "status")["status"].to_pylist()
+    again = [retry is not None and status != "ok" and status.startswith(begins) for status in there]
+    return [place for place in range(rows) if place >= len(there) or again[place]]
 
 
-def summarize(folder: Path, names: Sequence[str]) -> tuple[int, str]:
-    """(images, a table of outcomes by reason and of the ten hosts that failed most) over the shards that are done."""
+def summarize(folder: Path, names: Sequence[str]) -> int:
+    """Print the outcomes by reason, and the ten hosts that failed most, over the shards that are done.
+
+    Returns the number of images.
+    """
     outcomes: collections.Counter[str] = collections.Counter()
     hosts: collections.Counter[str] = collections.Counter()
     for name in names:
-        if is_done(folder, name):
-            table = pq.read_table(folder / f"{name}.parquet", columns=["status", "url"])
-            outcomes.update(table["status"].to_pylist())
-            failed = table.filter(pc.not_equal(table["status"], "ok"))["url"].to_pylist()
-            hosts.update(re.sub(r"^\w+://([^/?#]*@)?([^/?#]*).*$", r"\2", url, flags=re.S).lower() for url in failed)
-    rows = max(1, outcomes.total())
+        table = rows_done(folder, name, "status", "url")
+        outcomes.update(table["status"].to_pylist())
+        failed = table.filter(pc.not_equal(table["status"], "ok"))["url"].to_pylist()
+        hosts.update(re.sub(r"^\w+://([^/?#]*@)?([^/?#]*).*$", r"\2", url, flags=re.S).lower() for url in failed)
+    rows = outcomes.total()
     lines = [f"  {reason:<20}{count:>10,}  {count / rows:6.1%}" for reason, count in outcomes.most_common()]
     if hosts:
         lines += ["Hosts that failed most:", *(f"  {host:<40}{count:>10,}" for host, count in hosts.most_common(10))]
-    return outcomes["ok"], "\n".join(["Outcomes:", *lines])
+    print("Outcomes:", *lines, sep="\n")
+    return outcomes["ok"]
 
 
 def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
@@ -2402,8 +2276,6 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
 
     Returns what is wrong, in sentences. Raises UserError for a folder that holds nothing.
     """
-    from tqdm import tqdm
-
     shards = shards_in(folder)
     if not shards and not (folder / "manifest.json").exists() and (nothing := why_no_images(folder)):
         raise UserError(nothing[0].replace("--train_data_dir", "--check"))
@@ -2417,30 +2289,30 @@ def check_folder(folder: Path, caption_column: str = "text") -> list[str]:
         problems = []
     except UserError as error:  # which follows from the problems below, if there are some
         rows, problems = (), [str(error)]
-    progress = functools.partial(tqdm, unit=" images", dynamic_ncols=True)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    captions_only = manifest is not None and manifest.get("captions_only", False)
+    count = len(rows) if manifest is None else sum(entry["count"] for entry in manifest["shards"])
+    bar = progress_bar(total=count, unit=" images", disable=captions_only)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         if manifest is None:
             if any(map(request_of, folder.glob("*.parquet"))):
                 problems.append("manifest.json is lost: the command that made the folder makes it anew")
-            with progress(total=len(rows)) as bar:
-                for start in range(0, len(rows), 1000):  # `map` takes all at once, at 1.6 kB each
-                    part = range(start, min(start + 1000, len(rows)))
-                    problems += filter(None, threads.map(functools.partial(row_fault, rows), part))
-                    bar.update(len(part))
+            for start in range(0, count, 1000):  # `map` takes all at once, at 1.6 kB each
+                part = range(start, min(start + 1000, count))
+                problems += filter(None, threads.map(functools.partial(row_fault, rows), part))
+                bar.update(len(part))
             return problems
         faults = [] if manifest.get("complete") else ["the run did not finish: run the same command again to go on"]
         named = {entry["name"] for entry in manifest["shards"]}
         faults += [f"{path.name} is not in the manifest" for path in shards if path.name not in named]
-        if manifest.get("captions_only"):
-            print(f"{sum(entry['count'] for entry in manifest['shards']):,} captions are there.")
+        if captions_only:
+            print(f"{count:,} captions are there.")
             found = threads.map(lambda entry: tar_fault(folder / entry["name"], entry), manifest["shards"])
             pairs = zip(manifest["shards"], found, strict=True)
             return faults + [f"{entry['name']} {fault}" for entry, fault in pairs if fault]
         variants = manifest["latents"]["variants"] if "latents" in manifest else None
-        with progress(total=sum(entry["count"] for entry in manifest["shards"])) as bar:
-            for entry in manifest["shards"]:
-                found = check_shard(folder / entry["name"], entry, variants, threads, bar.update)
-                faults += [f"{entry['name']} {fault}" for fault in found]
+        for entry in manifest["shards"]:
+            found = check_shard(folder / entry["name"], entry, variants, threads, bar)
+            faults += [f"{entry['name']} {fault}" for fault in found]
     return faults or problems
 
 
@@ -2456,9 +2328,7 @@ def row_fault(rows: ShardFolder | ImageFolder, index: int) -> str | None:
     return None if isinstance(row["text"], (str, list)) else f"{file}: sample {index} has no caption that can be read"
 
 
-def check_shard(
-    path: Path, entry: dict[str, Any], variants: int | None, threads: ThreadPoolExecutor, tick: Callable
-) -> Iterator[str]:
+def check_shard(path: Path, entry: dict, variants: int | None, threads: ThreadPoolExecutor, bar: Any) -> Iterator[str]:
     """Yield what is wrong with one shard, its entry in the manifest and, if it is of images, its parquet."""
     if fault := tar_fault(path, entry):
         yield fault
@@ -2491,8 +2361,7 @@ def check_shard(
             content = io.BytesIO(file.read(size))
         try:
             if variants is None:
-                with Image.open(content, formats=("JPEG",)) as image:
-                    image.load()
+                Image.open(content, formats=("JPEG",)).load()
             elif size and len(latents := np.load(content, allow_pickle=False)) != variants:
                 return f"{name} holds {len(latents)} variants, the manifest says {variants}"
         except Exception as error:
@@ -2500,7 +2369,7 @@ def check_shard(
         return None
 
     for problem in threads.map(open_image, [member for member in found if member[0].endswith(suffixes[0])]):
-        tick()
+        bar.update()
         if problem:
             yield problem
 
@@ -2625,10 +2494,8 @@ def main(args: argparse.Namespace) -> int:
         wanted = {} if args.captions_only else {args.url_column: "--url_column"}
         wanted[args.caption_column] = "--caption_column"
         wanted |= {parse_filter(text)[0]: f"--filter {text}" for text in args.filter}
-        expected = None
-        if args.verify_hash and Path(args.verify_hash).exists():
-            expected = Hashes(Path(args.verify_hash))
-        elif args.verify_hash:
+        expected = Hashes(Path(args.verify_hash)) if args.verify_hash and Path(args.verify_hash).exists() else None
+        if args.verify_hash and not expected:
             wanted[args.verify_hash] = "--verify_hash (no such path, so taken for a column)"
         check_columns(files, wanted)
 
@@ -2656,7 +2523,8 @@ def main(args: argparse.Namespace) -> int:
             write_manifest(folder, args.request | {"complete": False}, [])  # from here on it is known as ours
         names = [shard_name(number) for number in range(math.ceil(rows / args.number_sample_per_shard))]
         work = clear_unfinished(folder)
-        faults = [] if args.captions_only else forget_damaged(folder, names)
+        if not args.captions_only:
+            forget_damaged(folder, names)
 
         # 5. Say what is about to happen
         print(f"Rows read: {total:,}" + (f", of commit {commit}" if commit else ""))
@@ -2672,7 +2540,6 @@ def main(args: argparse.Namespace) -> int:
             return 0
         to_do = write_shard_inputs(files, order, work, args, expected)
         del order, expected
-        print("".join(f"{fault}\n" for fault in faults), end="")
         print(f"Rows to fetch now: {to_do:,}" + (f" ({rows - to_do:,} are done)" if to_do < rows else ""))
         need, free = expected_bytes(to_do, args) / 1e9, shutil.disk_usage(folder).free / 1e9
         print(f"Disk space: up to about {need:,.2f} GB if every row gives an image; {free:,.2f} GB are free.")
@@ -2689,14 +2556,13 @@ def main(args: argparse.Namespace) -> int:
         finally:
             clear_unfinished(folder)
             progress.close()
-            images, table = summarize(folder, names)
-            print(table)
+            images = summarize(folder, names)
 
     # 7. The truth
-    print(f"{images:,} of {rows:,} rows became images ({images / rows:.1%}), in {folder}")
+    share = f"{images / rows:.1%}"
+    print(f"{images:,} of {rows:,} rows became images ({share}), in {folder}")
     if images < args.min_success * rows:
-        share, asked = f"{images / rows:.1%}", f"{args.min_success:.1%}"
-        raise DataError(f"{share} of the rows became images, --min_success asks for {asked}")
+        raise DataError(f"{share} of the rows became images, --min_success asks for {args.min_success:.1%}")
     return 0
 
 
@@ -2706,10 +2572,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.reconfigure(line_buffering=True)
     try:
         return main(args)
-    except UserError as error:
-        sentence, code = str(error), 2
-    except DataError as error:
-        sentence, code = str(error), 1
+    except (UserError, DataError) as error:
+        sentence, code = str(error), 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         sentence, code = f"stopped. {KEPT}", 130
     except OSError as error:

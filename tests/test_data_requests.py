@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pyarrow as pa
@@ -435,8 +436,10 @@ def test_no_address_of_an_object_is_in_a_detail(tmp_path):
     """Whatever library raised it."""
     rows = [{"url": "http://h/1", "caption": "c", "input_row": 0, "position": 0}]
     data.write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
+    fetched = Future()
+    fetched.set_exception(data.Refused("broken_image", f"cannot read {object()}"))
     with data.Shard(0, str(tmp_path / "00000.arrow"), options(tmp_path)) as shard:
-        shard._keep(0, data.Refused("broken_image", f"cannot read {object()}"))
+        shard._keep(0, fetched)
     assert shard.outcomes[0]["detail"] == "cannot read <object>"
 
 

@@ -891,7 +891,7 @@ def test_a_commit_that_was_cut_between_its_two_renames_is_finished(tmp_path, mon
     assert tar_members(tmp_path / "00000.tar")["000000.jpg"] == b"old"
     (tmp_path / ".00001.tar.part").write_bytes(b"half")
     (tmp_path / ".mine.part").write_bytes(b"not ours")
-    data.finish_renames(tmp_path)
+    data.clear_unfinished(tmp_path)
     assert tar_members(tmp_path / "00000.tar")["000000.jpg"] == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.part", "00000.parquet", "00000.tar"]
 
