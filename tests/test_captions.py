@@ -223,6 +223,65 @@ def test_captions_alone_go_on_grow_and_are_mended(tmp_path: Path) -> None:
     assert done.returncode == 2 and "was made with --captions_only" in done.stderr
 
 
+def test_a_pool_is_what_its_manifest_says(tmp_path: Path, teacher: Path) -> None:
+    """Neither what another run left half done, nor what is missing, is taken for it."""
+    table = caption_table(tmp_path / "c.parquet", [f"caption {number}" for number in range(9)])
+    alone = tmp_path / "alone"
+    done = write_alone(alone, table, "--number_sample_per_shard", "4")
+    assert done.returncode == 0, done.stderr
+    texts = sorted(dt.data.read_captions(alone, "text", None))
+    assert texts == [f"caption {number}" for number in range(9)]
+    write_tar(alone / "00003.tar", [{"txt": b"of a run that has not ended"}])
+    assert sorted(dt.data.read_captions(alone, "text", None)) == texts
+    manifest = json.loads((alone / "manifest.json").read_text())
+    (alone / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    with pytest.raises(dt.UserError, match="says that it is not finished; the command that made the folder goes on"):
+        list(dt.data.read_captions(alone, "text", None))
+    (alone / "manifest.json").write_text(json.dumps(manifest))
+    (alone / "00001.tar").unlink()
+    with pytest.raises(dt.UserError, match="alone: 00001.tar is missing; the command"):
+        list(dt.data.read_captions(alone, "text", None))
+
+
+def test_a_sample_with_a_text_and_a_json_has_one_caption(tmp_path: Path) -> None:
+    """As img2dataset writes them; the entry that training reads, and nothing called "captions"."""
+    fact = json.dumps({"captions": ["other"], "blip": "a cat", "url": "http://h"}).encode()
+    write_tar(tmp_path / "a" / "00000.tar", [{"json": fact, "txt": b"one"}, {"txt": b"two", "json": fact}])
+    assert list(dt.data.read_captions(tmp_path / "a", "text", None)) == ["one", "two"]
+    write_tar(tmp_path / "b" / "00000.tar", [{"json": fact}])
+    assert list(dt.data.read_captions(tmp_path / "b", "blip", None)) == ["a cat"]
+
+
+def test_a_pool_is_known_by_every_caption_and_its_padding(tmp_path: Path, teacher: Path) -> None:
+    """One of a thousand, which a sample of 256 would miss; and a tokenizer that pads otherwise."""
+    pools = []
+    for text in ("a cat", "a dog"):
+        lines = ["a red circle"] * 1000
+        lines[501] = text
+        (tmp_path / "pool.txt").write_text("\n".join(lines))
+        settings = {"caption_pool": tmp_path / "pool.txt", "teacher_latents": 4, "center_crop": False}
+        args = data_args(teacher, **settings)
+        args.latents_cache_dir = str(tmp_path / "cache")
+        pools.append(pool_of(args))
+    assert pools[0].fingerprint() != pools[1].fingerprint() and pools[0].fingerprint().startswith("1000 captions (")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "a</w>"
+    padded = pool_of(args, tokenizer)
+    assert padded.path.parent != pools[1].path.parent and padded[0][-1] != pools[1][0][-1]
+
+
+def test_a_pool_that_cannot_be_kept_is_one_sentence(tmp_path: Path, teacher: Path, launcher: Launcher) -> None:
+    """A limit on the size of files stands for a full disk."""
+    (tmp_path / "pool.txt").write_text("a red circle\n" * 40_000)
+    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))\n"
+    line = teacher_run(teacher, tmp_path / "out", tmp_path / "pool.txt")
+    run = launcher.start(line, tmp_path / "log", before=limit)
+    assert run.wait() == [1] and "Traceback" not in run.log(), run.log()
+    assert "error: Captions cannot be read, or kept in " in run.log()
+    assert "make room, and the same command goes on" in run.log()
+
+
 def test_flags_on_images_do_not_go_with_captions_only(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--image_size", "256", "--retries", "3", "--retry_failed", "--url_column", "URL", "--enable_wandb"]
     with pytest.raises(SystemExit, match="2"):
@@ -438,6 +497,12 @@ def test_latents_that_are_not_finite(
     bad = {3, 4}
     with pytest.raises(dt.TrainingError, match="2 of the teacher's latents are not finite, even in float32"):
         dt.main(dt.parse_args(teacher_run(teacher, tmp_path / "other", path, **settings)))
+    # Nor by many tries, each of which leaves a shard with one of them.
+    monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 50)
+    bad = {10, 60, 110}
+    for _ in range(3):
+        with pytest.raises(dt.TrainingError, match="of the teacher's (150 )?latents are not finite"):
+            dt.main(dt.parse_args(teacher_run(teacher, tmp_path / "third", path, **settings)))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, teacher: Path, captions: Path) -> None:
