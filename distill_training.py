@@ -794,7 +794,7 @@ class TrainingData:
         """
         seed, prepare = derived_seed(self.seed, "sample", *place), self.prepare
         if {"latents", "fault"} <= row.keys():
-            example, enlarged = load_latents(row, prepare["mirrors"], seed), row["enlarged"]
+            example, enlarged = load_latents(row, prepare.get("mirrors", False), seed), row["enlarged"]
         else:
             pixel_values, enlarged = load_pixels(row[self.columns[0]], prepare["transform"], seed)
             example = {"pixel_values": pixel_values}
