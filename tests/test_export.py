@@ -166,7 +166,7 @@ def test_old_libraries_load_the_result_and_its_exports(tmp_path: Path, shards: P
 def results(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[tuple[str, str], Path]:
     """A result of every level, exported, of a teacher like Stable Diffusion 1.x and of one like 2.x."""
     root = tmp_path_factory.mktemp("results")
-    make_pipeline(root / "1")
+    shutil.copytree(TINY_SD, root / "1")
     make_pipeline(
         root / "2", prediction_type="v_prediction", use_linear_projection=True, attention_head_dim=(2, 2, 4, 4)
     )
@@ -447,6 +447,7 @@ def control(pipeline: StableDiffusionPipeline, unet: UNet2DConditionModel) -> No
     controlled("a red circle", image=torch.zeros(1, 3, 64, 64), num_inference_steps=2)
 
 
+@pytest.mark.xdist_group("exports")
 @pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
 def test_tools_controlnet(pipeline: StableDiffusionPipeline, level: str) -> None:
     with nullcontext() if level == "sd_small" else pytest.raises(ValueError, match="unknown mid_block_type"):
@@ -455,6 +456,7 @@ def test_tools_controlnet(pipeline: StableDiffusionPipeline, level: str) -> None
         control(pipeline, UNet2DConditionModel.from_pretrained(TINY_SD / "unet"))  # as published ones are
 
 
+@pytest.mark.xdist_group("exports")
 @pytest.mark.parametrize(("level", "fit"), [("sd_small", 160), ("bk_small", 144), ("sd_tiny", None)])
 def test_tools_lora_of_the_teacher(
     pipeline: StableDiffusionPipeline, level: str, fit: int | None, tmp_path: Path
@@ -480,6 +482,7 @@ class Prediction(nn.Module):
         return self.unet(sample, timestep, text, return_dict=False)[0]
 
 
+@pytest.mark.xdist_group("exports")
 @pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
 def test_tools_onnx(pipeline: StableDiffusionPipeline, level: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs pip install onnx onnxscript onnxruntime")
@@ -493,6 +496,7 @@ def test_tools_onnx(pipeline: StableDiffusionPipeline, level: str, tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.xdist_group("exports")
 @pytest.mark.parametrize("level", dt.DISTILL_LEVELS)
 def test_tools_deepcache(pipeline: StableDiffusionPipeline, level: str) -> None:
     helper = pytest.importorskip("DeepCache", reason="needs pip install DeepCache").DeepCacheSDHelper(pipe=pipeline)
