@@ -1254,7 +1254,8 @@ def write_shard_inputs(
             name, part = shard_name((number * per_group + start) // per_shard), table.slice(start, per_shard)
             places = places_to_do(Path(args.output_dir), name, len(part), args.retry_failed)
             if places:
-                write_rows(folder / f"{name}.arrow", part.take(pa.array(places)))
+                with pa.ipc.new_file(folder / f"{name}.arrow", ROW_SCHEMA) as writer:
+                    writer.write_table(part.take(pa.array(places)))
             to_do += len(places)
         group_file.unlink()
     return to_do
@@ -1290,11 +1291,6 @@ def write_captions(work: Path, names: Sequence[str], args: argparse.Namespace) -
         entries.append(json.dumps({"name": path.name, "bytes": len(content), "sha256": digest, "count": len(table)}))
         (work / f"{name}.arrow").unlink()
     write_manifest(folder, args.request | {"complete": True}, entries)
-
-
-def write_rows(path: Path, table: pa.Table) -> None:
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
 
 
 class Hashes:
@@ -2483,14 +2479,14 @@ def main(args: argparse.Namespace) -> int:
     if args.check:
         folder = Path(args.check)
         column = "text" if args.caption_column == CAPTION_COLUMN else args.caption_column
-        problems = check_folder(folder, column)
-        opened = "image opens" if latents_of(folder) is None else "image's latents load"
-        with contextlib.suppress(UserError):
-            if (read_manifest(folder) or {}).get("captions_only"):
-                opened = "shard of captions has its hash"
-        as_said = "everything is as the manifest says, and " if (folder / "manifest.json").exists() else ""
-        print("\n".join(problems) or f"{folder}: {as_said}every {opened}.")
-        return 1 if problems else 0
+        if problems := check_folder(folder, column):
+            print("\n".join(problems))
+            return 1
+        manifest = read_manifest(folder) or {}
+        kinds = {"latents": "image's latents load", "captions_only": "shard of captions has its hash"}
+        opened = next((words for key, words in kinds.items() if manifest.get(key)), "image opens")
+        print(f"{folder}: {'everything is as the manifest says, and ' if manifest else ''}every {opened}.")
+        return 0
 
     # 2. Refuse what can't work, before anything is downloaded
     check_tools(args)

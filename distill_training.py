@@ -1,17 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The distill-sd authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Distil a Stable Diffusion pipeline into a smaller one (BK-SDM, https://arxiv.org/abs/2305.15798).
 
 Blocks are pruned out of the teacher's U-Net, the rest keeps the teacher's weights, and the student is trained on
@@ -135,29 +124,14 @@ class DistillLevel:
     feature_pairs: tuple[tuple[str, str], ...]  # (teacher's block, student's block), outputs of the same shape
 
 
-DOWN_BLOCKS = tuple(f"down_blocks.{i}" for i in range(4))
-UP_BLOCKS = tuple(f"up_blocks.{i}" for i in range(4))
+DOWN_BLOCKS, UP_BLOCKS = (tuple(f"{kind}_blocks.{i}" for i in range(4)) for kind in ("down", "up"))
+# The student's last down block stands where the teacher's first up block hands over to the second.
+TINY_PAIRS = zip(DOWN_BLOCKS[:2] + UP_BLOCKS, DOWN_BLOCKS[:3] + UP_BLOCKS[:3], strict=True)
 
 DISTILL_LEVELS: dict[str, DistillLevel] = {
-    "sd_small": DistillLevel(
-        paper_name="BK-SDM-Base",
-        keeps_mid_block=True,
-        removed_levels=0,
-        feature_pairs=tuple((name, name) for name in (*DOWN_BLOCKS, "mid_block", *UP_BLOCKS)),
-    ),
-    "bk_small": DistillLevel(
-        paper_name="BK-SDM-Small",
-        keeps_mid_block=False,
-        removed_levels=0,
-        feature_pairs=tuple((name, name) for name in (*DOWN_BLOCKS, *UP_BLOCKS)),
-    ),
-    "sd_tiny": DistillLevel(
-        paper_name="BK-SDM-Tiny",
-        keeps_mid_block=False,
-        removed_levels=1,
-        # The student's last down block stands where the teacher's first up block hands over to the second.
-        feature_pairs=tuple(zip((*DOWN_BLOCKS[:2], *UP_BLOCKS), (*DOWN_BLOCKS[:3], *UP_BLOCKS[:3]), strict=True)),
-    ),
+    "sd_small": DistillLevel("BK-SDM-Base", True, 0, tuple((n, n) for n in (*DOWN_BLOCKS, "mid_block", *UP_BLOCKS))),
+    "bk_small": DistillLevel("BK-SDM-Small", False, 0, tuple((name, name) for name in (*DOWN_BLOCKS, *UP_BLOCKS))),
+    "sd_tiny": DistillLevel("BK-SDM-Tiny", False, 1, tuple(TINY_PAIRS)),
 }
 
 # Entries of a U-Net config that may hold one value per resolution, outermost first.
@@ -265,7 +239,6 @@ def check_student(student_config: Mapping[str, Any], teacher_config: Mapping[str
 
 # ----------------------------------------------------------------------------------------------------------------
 # Distillation loss (BK-SDM, equations 1 to 3): task, output and feature terms, all of them in float32.
-
 
 WEIGHTS = ("task_weight", "output_weight", "feature_weight")  # of the terms, by the names of their flags
 
@@ -3245,14 +3218,13 @@ def main(args: Namespace) -> None:
 
         # 6. Say what is about to happen, and write down the settings.
         first_step, fewer = state.global_step, 1 - of_student / of_teacher
-        pool_source = f"{args.caption_pool or 'the data'}, --random_conditioning {args.random_conditioning:g}"
         plan = {
             "Teacher": f"{args.pretrained_model_name_or_path}, {of_teacher:,} parameters in its U-Net",
             "Student": f"{args.distill_level}, {of_student:,} parameters ({fewer:.1%} fewer)",
             "Loss": loss_formula(args),
             "Feature pairs (teacher-student)": ", ".join(n.partition("/")[2] for n in run.metric_names()[4:])
             or "none",
-            **({} if pool is None else {"Caption pool": f"{len(pool):,} captions of {pool_source}"}),
+            "Caption pool": f"{len(pool):,} captions, lambda {args.random_conditioning:g}" if pool else "none",
             "Training samples": "a stream" if isinstance(dataset, StreamingDataset) else f"{len(dataset):,}",
             "Images per process and micro-batch": args.train_batch_size,
             "Images per optimiser step (with accumulation and all processes)": total_batch,

@@ -20,7 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import write_shards
 from servers import HubServer, data_command, encode, photo, run_data
-from test_data_script import fetch_from, images_of, options, processes_of, statuses, wait_until, write_captions
+from test_data_script import (
+    fetch_from,
+    images_of,
+    options,
+    processes_of,
+    statuses,
+    wait_until,
+    write_captions,
+    write_rows,
+)
 
 import data
 
@@ -435,7 +444,7 @@ def test_the_tables_details_are_the_same_from_run_to_run(image_server, tmp_path)
 def test_no_address_of_an_object_is_in_a_detail(tmp_path):
     """Whatever library raised it."""
     rows = [{"url": "http://h/1", "caption": "c", "input_row": 0, "position": 0}]
-    data.write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
+    write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
     fetched = Future()
     fetched.set_exception(data.Refused("broken_image", f"cannot read {object()}"))
     with data.Shard(0, str(tmp_path / "00000.arrow"), options(tmp_path)) as shard:

@@ -56,6 +56,12 @@ def write_captions(path: Path, urls: list[str], **columns: list) -> Path:
     return path
 
 
+def write_rows(path: Path, table: pa.Table) -> None:
+    """The rows of a shard, as a worker gets them."""
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
 def processes_of(folder: Path) -> list[int]:
     """The living processes that were started for an output folder, our own child and its children among them."""
     found = []
@@ -1233,7 +1239,7 @@ def test_a_write_that_fails_ends_the_shard_at_once(image_server, tmp_path):
     """The rows after it are not fetched any more, and the spool file takes no more room."""
     args = options(tmp_path, "--thread_count", "1")
     rows = [{"url": f"{image_server.url}/ok/{i}.jpg", "caption": "c", "input_row": i, "position": i} for i in range(9)]
-    data.write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
+    write_rows(tmp_path / "00000.arrow", pa.Table.from_pylist(rows, data.ROW_SCHEMA))
     hits = image_server.hits.total()
     with pytest.raises(OSError, match="No space left"), data.Shard(0, str(tmp_path / "00000.arrow"), args) as shard:
         shard.spool.close()
@@ -1283,7 +1289,7 @@ def status(name):
 def shard(number, urls):
     table = pa.table({"url": urls, "caption": ["c"] * len(urls), "input_row": list(range(len(urls))),
         "expected_sha256": [None] * len(urls), "position": list(range(len(urls)))}, schema=data.ROW_SCHEMA)
-    data.write_rows(work / f"{number:05d}.arrow", table)
+    write_rows(work / f"{number:05d}.arrow", table)
     data.download_shard(args, (number, str(work / f"{number:05d}.arrow")))
 urls = json.loads(sys.argv[2])
 shard(0, urls[:1])
