@@ -722,8 +722,8 @@ def read_metadata(path: Path) -> Iterator[dict[str, Any]]:
         elif path.suffix == ".csv":
             import pandas
 
-            for record in pandas.read_csv(path, dtype=str, encoding=codec, keep_default_na=False).to_dict("records"):
-                yield {key: value or None for key, value in record.items()}
+            for record in pandas.read_csv(path, dtype=str, encoding=codec).to_dict("records"):
+                yield {key: value if isinstance(value, str) else None for key, value in record.items()}
         else:
             with open(path, encoding=codec) as file:
                 for number, line in enumerate(file, 1):

@@ -129,9 +129,8 @@ def test_another_content_or_tokenizer_is_another_pool(tmp_path: Path, teacher: P
     assert pool_of(args, tokenizer).path not in (first.path, second.path)
 
 
-def test_tokenising_goes_on_after_a_kill(
-    tmp_path: Path, teacher: Path, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokenising_goes_on_after_a_kill(tmp_path: Path, teacher: Path, launcher: Launcher, ranks: int) -> None:
     source = tmp_path / "pool.txt"
     source.write_text("".join(f"a {'abcdefghij'[i % 10]} {'abcdefghij'[i // 10 % 10]}\n" for i in range(400)))
     settings = {"teacher_latents": 2, "caption_pool": source, "train_batch_size": 2, "max_train_steps": 1}
@@ -139,17 +138,17 @@ def test_tokenising_goes_on_after_a_kill(
     slow = "import time\ndt.TOKENIZED_AT_ONCE = 7\nwhole = dt.tokenize_captions\n"
     slow += "def slowly(*args):\n    time.sleep(0.05)\n    return whole(*args)\ndt.tokenize_captions = slowly\n"
     line = flags(teacher, None, tmp_path / "out", **settings)
-    run = launcher.start(line, tmp_path / "log", before=slow)
+    run = launcher.start(line, tmp_path / "log", ranks=ranks, before=slow)
     run.wait_for(lambda: [path for path in (tmp_path / "cache").rglob("*.part") if path.stat().st_size > 2000])
-    run.kill()
-    assert run.wait() == [-signal.SIGKILL]
+    run.kill_group()
+    assert run.wait() == [-signal.SIGKILL] * ranks
     (partial,) = (tmp_path / "cache").rglob("*.part")
     with open(partial, "ab") as file:
         file.write(b"half")  # of a row, as a full disk leaves it
     kept = partial.read_bytes()[: partial.stat().st_size // 32 * 32]
     assert 0 < len(kept) < 400 * 32
-    again = launcher.start(line, tmp_path / "log2")
-    assert again.wait() == [0], again.log()
+    again = launcher.start(line, tmp_path / "log2", ranks=ranks)
+    assert again.wait() == [0] * ranks, again.log()
     (path,) = (tmp_path / "cache").rglob(dt.TOKENS)
     assert path.read_bytes() == token_ids(source.read_text().splitlines()).astype(np.uint16).tobytes()
     assert f"{len(kept) // 32} captions" in again.log() or f" {len(kept) // 32}" in again.log()
@@ -448,8 +447,9 @@ def test_task_has_no_weight_on_the_teachers_latents(
     assert dt.parse_args(flags(teacher, manifest.parent, tmp_path / "x", task_weight=1)).task_weight == 1
 
 
+@pytest.mark.parametrize("killed", [1, 2])
 def test_any_processes_make_the_same_shards_and_a_kill_costs_a_shard(
-    tmp_path: Path, teacher: Path, captions: Path, launcher: Launcher
+    tmp_path: Path, teacher: Path, captions: Path, launcher: Launcher, killed: int
 ) -> None:
     small = "dt.LATENTS_PER_SHARD = 3"
     settings = {"teacher_latents": 14, "latents_cache_dir": tmp_path / "one"}
@@ -461,9 +461,9 @@ def test_any_processes_make_the_same_shards_and_a_kill_costs_a_shard(
     slow += "def slowly(*args):\n    time.sleep(0.3)\n    return paint(*args)\ndt.paint_latents = slowly\n"
     settings["latents_cache_dir"] = tmp_path / "two"
     line = teacher_run(teacher, tmp_path / "b", captions, **settings)
-    run = launcher.start(line, tmp_path / "log2", before=slow)
+    run = launcher.start(line, tmp_path / "log2", ranks=killed, before=slow)
     run.wait_for(lambda: len(list((tmp_path / "two").rglob("0*.tar"))) >= 2)
-    run.kill()
+    run.kill_group()
     run.wait()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("0*.tar")}
     assert 2 <= len(made) < 5

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from helpers import ROOT, data_args, dataset_of, toy_images
+from helpers import ROOT, data_args, dataset_of
 from PIL import Image
 
 import data
@@ -489,14 +489,3 @@ def test_flags_on_captions_that_nothing_reads(
     assert "--caption_extension is of text files beside images" in capsys.readouterr().err
     with pytest.raises(data.UserError, match="--image_column picture is not there"):
         dataset_of(data_args(teacher, train_data_dir=folder, image_column="picture"))
-
-
-def test_a_word_that_pandas_takes_for_nothing_is_a_caption(tmp_path):
-    words = ["None", "NA", "null", "nan"]
-    for number in range(5):
-        (tmp_path / f"{number}.png").write_bytes(toy_images(1)[0][0])
-    lines = [f"{number}.png,{word}" for number, word in enumerate([*words, ""])]
-    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
-    rows = data.ImageFolder(tmp_path)
-    assert [row["text"] for row in rows] == words
-    assert rows.describe()[0].endswith("Left out: 1 without a caption (4.png).")
