@@ -1289,7 +1289,8 @@ def status(name):
 def shard(number, urls):
     table = pa.table({"url": urls, "caption": ["c"] * len(urls), "input_row": list(range(len(urls))),
         "expected_sha256": [None] * len(urls), "position": list(range(len(urls)))}, schema=data.ROW_SCHEMA)
-    write_rows(work / f"{number:05d}.arrow", table)
+    with pa.ipc.new_file(work / f"{number:05d}.arrow", table.schema) as writer:
+        writer.write_table(table)
     data.download_shard(args, (number, str(work / f"{number:05d}.arrow")))
 urls = json.loads(sys.argv[2])
 shard(0, urls[:1])
