@@ -126,12 +126,12 @@ class DistillLevel:
 
 DOWN_BLOCKS, UP_BLOCKS = (tuple(f"{kind}_blocks.{i}" for i in range(4)) for kind in ("down", "up"))
 # The student's last down block stands where the teacher's first up block hands over to the second.
-TINY_PAIRS = zip(DOWN_BLOCKS[:2] + UP_BLOCKS, DOWN_BLOCKS[:3] + UP_BLOCKS[:3], strict=True)
+TINY_PAIRS = tuple(zip(DOWN_BLOCKS[:2] + UP_BLOCKS, DOWN_BLOCKS[:3] + UP_BLOCKS[:3], strict=True))
 
 DISTILL_LEVELS: dict[str, DistillLevel] = {
     "sd_small": DistillLevel("BK-SDM-Base", True, 0, tuple((n, n) for n in (*DOWN_BLOCKS, "mid_block", *UP_BLOCKS))),
     "bk_small": DistillLevel("BK-SDM-Small", False, 0, tuple((name, name) for name in (*DOWN_BLOCKS, *UP_BLOCKS))),
-    "sd_tiny": DistillLevel("BK-SDM-Tiny", False, 1, tuple(TINY_PAIRS)),
+    "sd_tiny": DistillLevel("BK-SDM-Tiny", False, 1, TINY_PAIRS),
 }
 
 # Entries of a U-Net config that may hold one value per resolution, outermost first.
@@ -1190,14 +1190,15 @@ def choose_captions(args: Namespace, size: int) -> list[str]:
     wanted = set(chosen)
     pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
     usable = enumerate(caption for text in pool for caption in usable_captions(text))
-    progress = tqdm(itertools.islice(usable, max(wanted) + 1), "Choosing", max(wanted) + 1, unit=" captions")
+    last, shown = max(wanted) + 1, {"unit": " captions", "disable": not PartialState().is_main_process}
+    progress = tqdm(itertools.islice(usable, last), "Choosing", last, **shown)
     texts = {number: caption for number, caption in progress if number in wanted}
     return [texts[number] for number in chosen]
 
 
 def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the token ids of all usable captions; what is there of an earlier try is gone on from."""
-    partial, row, left_out = folder / ".tokens.part", 2 * tokenizer.model_max_length, 0
+    partial, row, left_out = data.hidden(folder / "tokens"), 2 * tokenizer.model_max_length, 0
     done = partial.stat().st_size // row if partial.exists() else 0
 
     def captions() -> Iterator[str]:
@@ -1218,9 +1219,7 @@ def tokenize_pool(texts: Iterator[Any], tokenizer: CLIPTokenizer, folder: Path) 
     logger.info(f"The pool has {kept:,} captions; left out: {left_out:,} samples without one that can be used")
     if kept == 0:
         raise UserError("The caption pool holds no caption that can be used (--caption_pool).")
-    with open(partial, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    data.put_in_place(partial, folder / TOKENS.replace("*", digest))
+    data.put_in_place(partial, folder / TOKENS.replace("*", data.file_sha256(partial)[:16]))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1317,8 +1316,8 @@ def complete_latents(folder: Path, wanted: LatentShards, args: Namespace, accele
                 progress.update()
             made[number] = json.dumps(data.write_shard(folder, data.shard_name(number), samples))
     entries |= dict(accelerate_utils.gather_object(list(made.items())))
-    broken = sum(json.loads(entry)["image_bytes"].count(0) for entry in entries.values())
-    if args.teacher_latents and broken > 0.01 * size:  # over all processes, and all runs that made a part
+    parts = entries.values() if args.teacher_latents else ()  # over all processes, and all runs that made a part
+    if (broken := sum(json.loads(part)["image_bytes"].count(0) for part in parts)) > 0.01 * size:
         raise TrainingError(f"{broken} of the teacher's {size} latents are not finite, even in float32: stopped.")
     if accelerator.is_main_process:
         head = {"format": data.FORMAT, "complete": True, "latents": wanted.facts}
