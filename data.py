@@ -38,7 +38,6 @@ import tarfile
 import threading
 import time
 import traceback
-import types
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1878,7 +1877,6 @@ class Shard(contextlib.AbstractContextManager):
 # notices one that stands still (`Heartbeats`), and its ray_distributor does nothing without ray (`check_tools`).
 
 VERDICT = "data.py verdict: "
-UNUSED_MODULES = ("webdataset", "albumentations", "imghdr", "wandb")
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
 WORKER_ENVIRONMENT = {
     "NO_ALBUMENTATIONS_UPDATE": "1",  # for ray's workers, which import all of img2dataset: it would call home
@@ -1892,14 +1890,9 @@ def download(config: dict[str, Any]) -> None:
     """Runs in the child: let img2dataset hand the shards to workers, and say in one line what ended it."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     args = argparse.Namespace(**config)
-    files = (Path(args.output_dir) / ".unfinished").glob("*.arrow")
-    shards = sorted((int(path.stem), str(path)) for path in files)
-    for name in UNUSED_MODULES:  # torch comes with the first one, and Python 3.13 has no imghdr any more
-        sys.modules.setdefault(name, types.ModuleType(name))
+    shards = sorted((int(path.stem), str(path)) for path in (Path(args.output_dir) / ".unfinished").glob("*.arrow"))
     try:
-        from img2dataset import distributor
-
-        distribute = getattr(distributor, f"{args.distributor}_distributor")
+        distribute = getattr(import_distributors(), f"{args.distributor}_distributor")
         if args.distributor == "multiprocessing":
             threading.Thread(target=watch_workers, daemon=True).start()
         distribute(min(args.processes_count, len(shards)), functools.partial(download_shard, args), shards, 1000, 0)
@@ -1910,6 +1903,13 @@ def download(config: dict[str, Any]) -> None:
             end_with("the disk is full" if full else text, may_pass=True)
         traceback.print_exc()
         end_with(f"{type(error).__name__}: {text.rpartition(chr(10))[2]}", may_pass=False)
+
+
+def import_distributors() -> Any:
+    """The one module of img2dataset that is used, without its package, which imports torch, pandas and much more."""
+    spec = importlib.util.find_spec("img2dataset")
+    sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    return importlib.import_module("img2dataset.distributor")
 
 
 def end_with(words: str, may_pass: bool) -> NoReturn:

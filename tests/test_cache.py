@@ -13,7 +13,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from helpers import (
-    ROOT,
     assert_equal,
     assert_same_batches,
     components_of,
@@ -433,11 +431,9 @@ def test_bytes_that_were_damaged_are_left_out(tmp_path: Path, teacher: Path, fol
 
 DRIVER = """
 import sys
-import torch
 from accelerate import Accelerator
 from helpers import make_tokenizer
 from diffusers import AutoencoderKL
-import distill_training as dt
 
 dt.LATENTS_PER_SHARD = 4
 args = dt.parse_args(sys.argv[3:])
@@ -446,18 +442,19 @@ vae = AutoencoderKL.from_pretrained(sys.argv[2], subfolder="vae").requires_grad_
 dataset = dt.make_train_dataset(args, make_tokenizer(), accelerator)
 dt.cache_latents(dataset, vae, args, accelerator)
 accelerator.end_training()
+sys.exit(0)
 """
 
 
 def test_killed_while_it_is_made_then_made_whole_by_two_processes(
-    tmp_path: Path, teacher: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, teacher: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
 ) -> None:
     monkeypatch.setattr(dt, "LATENTS_PER_SHARD", 4)
     folder = write_tar(tmp_path / "data" / "00000.tar", samples(82, side=64)).parent
     args = cache_args(teacher, folder, tmp_path / "uninterrupted", resolution=64, train_batch_size=3)
     expected = contents(cached(args, vae))
     assert len(expected) == 21
-    cache, driver = tmp_path / "cache", tmp_path / "driver.py"
+    cache = tmp_path / "cache"
     args.latents_cache_dir = str(cache)
     process = multiprocessing.get_context("fork").Process(target=cached, args=(args, vae))
     process.start()
@@ -467,20 +464,14 @@ def test_killed_while_it_is_made_then_made_whole_by_two_processes(
     process.join()
     made = {path: path.stat().st_mtime_ns for path in cache.rglob("*.tar")}
     assert process.exitcode == -signal.SIGKILL and 3 <= len(made) < 21
-    driver.write_text(DRIVER)
     flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", folder, "--resolution", 64]
     flags += ["--train_batch_size", 3, "--center_crop", "--seed", 3, "--output_dir", tmp_path / "output"]
-    command = [*map(str, (driver, cache, teacher, *flags))]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert finished.returncode == 0, finished.stderr
+    line = [*map(str, (cache, teacher, *flags))]
+    run = launcher.start(line, tmp_path / "log", ranks=2, before=DRIVER)
+    assert run.wait() == [0, 0], run.log() + run.log(1)
     missing = [name for name in sorted(expected) if name not in {path.name for path in made}]
     share = sum(2 if name == "00020.tar" else 4 for name in missing[::2])  # each process has encoded every other one
-    assert f" {share}/{share} " in finished.stderr
+    assert f" {share}/{share} " in run.log()
     assert {path.name: path.read_bytes() for path in cache.rglob("*.tar")} == expected
     assert all(path.stat().st_mtime_ns == changed for path, changed in made.items())
     assert {path.name for path in cache.rglob("*.*")} == {*expected, "manifest.json", ".lock"}

@@ -686,7 +686,7 @@ def test_an_engine_that_accelerate_chose_is_refused(
 WITHOUT_POSIX = """
 import builtins, importlib, os, runpy, sys
 
-folder, hidden = sys.argv.pop(1), {"resource", "fcntl", "pwd", "grp", "termios"}
+folder, hidden = os.path.dirname(sys.argv[0]), {"resource", "fcntl", "pwd", "grp", "termios"}
 ours = {os.path.join(folder, name) for name in ("distill_training.py", "data.py")}
 import_name, import_module = builtins.__import__, importlib.import_module
 
@@ -704,29 +704,30 @@ def hiding_module(name, package=None):
     return import_module(name, package)
 
 builtins.__import__, importlib.import_module = hiding, hiding_module
-sys.path.insert(0, folder)
-sys.argv[0] = os.path.join(folder, "distill_training.py")
+del sys.modules["data"], sys.modules["distill_training"]
 runpy.run_path(sys.argv[0], run_name="__main__")
+sys.exit(0)
 """
 
 
-def test_no_module_that_only_posix_has_is_needed(tmp_path: Path, teacher: Path, shards: Path) -> None:
+def test_no_module_that_only_posix_has_is_needed(
+    tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher
+) -> None:
     """Libraries may need them; the trainer, and what it imports of data.py, must not."""
     settings = {"distill_level": "sd_tiny", "max_train_steps": 2, "checkpointing_steps": 1, "use_ema": True}
     line = flags(teacher, shards, tmp_path / "out", **settings, cache_latents=True)
-    command = [sys.executable, "-c", WITHOUT_POSIX, str(SCRIPT.parent), *line]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = launcher.finish(line, tmp_path / "log", before=WITHOUT_POSIX)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "HIDDEN resource" in done.stdout and "Peak memory = not known" in done.stderr
+    assert "HIDDEN resource" in done.stderr and "Peak memory = not known" in done.stderr
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
-def test_the_script_alone_says_what_it_lacks(tmp_path: Path) -> None:
-    shutil.copy(SCRIPT, tmp_path)
-    command = [sys.executable, str(tmp_path / SCRIPT.name), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 2 and done.stdout == ""
+def test_the_script_alone_says_what_it_lacks(tmp_path: Path, launcher: Launcher) -> None:
+    alone = shutil.copy(SCRIPT, tmp_path)
+    run_it = f"import runpy\nrunpy.run_path({str(alone)!r}, run_name='__main__')"
+    done = launcher.finish(["--help"], tmp_path / "log", before=run_it)
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "error: data.py is not beside it" in done.stderr
 
 
