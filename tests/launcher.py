@@ -1,6 +1,6 @@
-"""Runs of distill_training.py in processes of their own, without the seconds that each of them would spend on imports.
+"""Runs of the scripts in processes of their own, without the seconds that each of them would spend on imports.
 
-One process imports the trainer and does nothing else but fork: every child is a real process, with its own signals,
+One process imports a script and does nothing else but fork: every child is a real process, with its own signals,
 limits and exit code, that executes the script's own `if __name__ == "__main__":` block. `Launcher` is the tests' side.
 """
 
@@ -8,6 +8,7 @@ import ast
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import re
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "distill_training.py"
+# What a script imports later than its module does; not huggingface_hub, which reads the environment at that time.
+IMPORTED = {"distill_training": (), "data": ("pandas.util", "pyarrow.csv", "pyarrow.dataset", "pyarrow.json", "tqdm")}
 
 
 class Run:
@@ -78,10 +80,14 @@ class Run:
 
 
 class Launcher:
-    def __init__(self) -> None:
+    def __init__(self, script: str = "distill_training") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.started: list[Run] = []
 
@@ -91,11 +97,19 @@ class Launcher:
         return json.loads(self.process.stdout.readline())
 
     def start(
-        self, flags: Sequence[str], log: Path, *, ranks: int = 1, before: str = "", **environment: object
+        self,
+        flags: Sequence[str],
+        log: Path,
+        *,
+        ranks: int = 1,
+        before: str = "",
+        out: str = "",
+        **environment: object,
     ) -> Run:
         """Run the script with `flags`. `before` is Python code that each child executes first; it knows `dt`.
 
-        More ranks than one find each other as under `torch.distributed.run`.
+        Standard output goes to the log too, or to the file `out`. More ranks than one find each other as under
+        `torch.distributed.run`.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         logs = [log.with_name(f"{log.name}-{rank}") for rank in range(ranks)]
@@ -111,17 +125,19 @@ class Launcher:
             path.write_bytes(b"")
         own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
         children = [
-            {"argv": list(flags), "log": str(path), "environment": {**shared, **extra}, "before": before}
+            {"argv": list(flags), "log": str(path), "environment": shared | extra, "before": before, "out": out}
             for path, extra in zip(logs, own, strict=True)
         ]
         run = Run(self, self.ask("start", children=children), logs)
         self.started.append(run)
         return run
 
-    def finish(self, flags: Sequence[object], log: Path, **environment: object) -> subprocess.CompletedProcess[str]:
-        """`start`, and wait for its end: what it wrote, to either, is `stderr`."""
-        run = self.start([str(flag) for flag in flags], log, **environment)
-        return subprocess.CompletedProcess(flags, run.wait(300)[0], stderr=run.log())
+    def finish(self, flags: Sequence[object], log: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+        """`start`, and wait for its end: what it wrote is `stderr`, and `stdout` what went to `out`."""
+        run = self.start([str(flag) for flag in flags], log, **settings)
+        code, out = run.wait(300)[0], settings.get("out")
+        stdout = Path(out).read_text(errors="replace") if out else None
+        return subprocess.CompletedProcess(flags, code, stdout=stdout, stderr=run.log())
 
     def close(self) -> None:
         for run in self.started:
@@ -132,25 +148,23 @@ class Launcher:
         self.process.wait()
 
 
-def run_child(child: dict[str, Any], group: int) -> NoReturn:
-    """In the child: become a run of the script."""
+def run_child(script: Any, child: dict[str, Any], group: int) -> NoReturn:
+    """In the child: become a run of the script, a module."""
     os.setpgid(0, group)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    descriptors = os.open(os.devnull, os.O_RDONLY), os.open(child["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for target, descriptor in zip((0, 1, 2), (*descriptors, descriptors[1]), strict=True):
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptors = [os.open(child["out"] or child["log"], append), os.open(child["log"], append)]
+    for target, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY), *descriptors]):
         os.dup2(descriptor, target)
-    for descriptor in descriptors:
         os.close(descriptor)
     os.environ.update(child["environment"])
-    sys.argv = [str(SCRIPT), *child["argv"]]
-    import distill_training as dt
-
+    sys.argv = [script.__file__, *child["argv"]]
     code = 0
     try:
-        exec(child["before"], {"dt": dt, "__name__": "before"})
-        last = ast.parse(SCRIPT.read_text()).body[-1]
+        exec(child["before"], {"dt": script, "__name__": "before"})
+        last = ast.parse(Path(script.__file__).read_text()).body[-1]
         assert isinstance(last, ast.If)
-        exec(compile(ast.Module(last.body, []), str(SCRIPT), "exec"), vars(dt))
+        exec(compile(ast.Module(last.body, []), script.__file__, "exec"), vars(script))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -164,13 +178,12 @@ def run_child(child: dict[str, Any], group: int) -> NoReturn:
 def serve() -> None:
     """Fork a child for every request, until the tests close the pipe."""
     sys.path[:0] = [str(ROOT)]
-    import datasets
-    import torch
-
-    import distill_training  # noqa: F401  (what takes so long)
-
-    torch.set_num_threads(1)
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # as in conftest.py
+    script = importlib.import_module(sys.argv[1])  # what takes so long
+    for name in IMPORTED[sys.argv[1]]:
+        importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+        sys.modules["datasets"].config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # as in conftest.py
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     codes: dict[int, int | None] = {}
@@ -183,7 +196,7 @@ def serve() -> None:
                 pid = os.fork()
                 if pid == 0:
                     os.close(replies.fileno())
-                    run_child(child, answer[0] if answer else 0)
+                    run_child(script, child, answer[0] if answer else 0)
                 with contextlib.suppress(PermissionError, ProcessLookupError):
                     os.setpgid(pid, answer[0] if answer else pid)
                 answer.append(pid)

@@ -3,7 +3,9 @@ a stand-in for the part of the Hub's API that huggingface_hub uses to download a
 start them, and `data_folder`: what a run of data.py made of both.
 """
 
+import atexit
 import collections
+import functools
 import gzip
 import hashlib
 import io
@@ -11,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -23,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from launcher import Launcher
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -344,10 +348,25 @@ def data_command(folder: Path, *flags: str, allow_private: bool = True) -> list[
     return [sys.executable, str(ROOT / "data.py"), "--output_dir", str(folder), *small, *home, *map(str, flags)]
 
 
+@functools.cache
+def data_launcher() -> Launcher:
+    """One for all tests of this process."""
+    launcher = Launcher("data")
+    atexit.register(launcher.close)
+    return launcher
+
+
+def finish_data(*line: object, before: str = "", environment: dict | None = None) -> subprocess.CompletedProcess[str]:
+    """Run data.py with this command line to its end, or Python code that knows it instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"out": f"{folder}/out", "before": before, **os.environ, **(environment or {})}
+        return data_launcher().finish(line, Path(folder) / "log", **settings)
+
+
 def run_data(folder: Path, *flags: str, allow_private: bool = True, environment: dict | None = None):
-    """Run data.py to its end. Returns a CompletedProcess with text."""
-    command = data_command(folder, *flags, allow_private=allow_private)
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}), timeout=300)
+    """A small run of data.py into `folder`, to its end."""
+    _, _, *line = data_command(folder, *flags, allow_private=allow_private)
+    return finish_data(*line, environment=environment)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import math
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from helpers import (
     write_tar,
 )
 from launcher import Launcher
+from servers import finish_data
 
 import distill_training as dt
 
@@ -166,9 +166,7 @@ def caption_table(path: Path, captions: list[str | None]) -> Path:
 
 def write_alone(folder: Path, table: Path, *flags: object) -> subprocess.CompletedProcess[str]:
     line = ["--captions_only", "--caption_file", table, "--caption_column", "TEXT", "--output_dir", folder, *flags]
-    return subprocess.run(
-        [sys.executable, ROOT / "data.py", *map(str, line)], capture_output=True, text=True, timeout=300
-    )
+    return finish_data(*line)
 
 
 def read_alone(folder: Path) -> list[str]:
@@ -187,8 +185,7 @@ def test_captions_alone_are_the_rows_that_images_would_be_fetched_for(tmp_path: 
     assert read_alone(folder) == [texts[row] for row in order]
     with tarfile.open(folder / "00002.tar") as tar:  # by the reader that everybody has
         assert tar.getnames() == [f"{position:09d}.txt" for position in range(40, 45)]
-    checked = [sys.executable, ROOT / "data.py", "--check", folder]
-    done = subprocess.run(checked, capture_output=True, text=True, timeout=300)
+    done = finish_data("--check", folder)
     assert done.returncode == 0 and "45 captions are there." in done.stdout, done.stderr
 
 
@@ -198,8 +195,7 @@ def test_captions_alone_go_on_grow_and_are_mended(tmp_path: Path) -> None:
     assert write_alone(folder, table, *settings, 45).returncode == 0
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.tar")}
     (folder / "00001.tar").write_bytes(b"damaged")
-    checked = [sys.executable, ROOT / "data.py", "--check", folder]
-    done = subprocess.run(checked, capture_output=True, text=True, timeout=300)
+    done = finish_data("--check", folder)
     assert done.returncode == 1 and "00001.tar has 7 bytes instead of" in done.stdout
     done = write_alone(folder, table, *settings, 60)
     assert done.returncode == 0, done.stderr
@@ -208,17 +204,8 @@ def test_captions_alone_go_on_grow_and_are_mended(tmp_path: Path) -> None:
     assert sorted(read_alone(folder)) == sorted(f"caption {i}" for i in range(60))
     done = write_alone(folder, table, *settings, 60, "--seed", 1)
     assert done.returncode == 2 and "seed was 0, is 1" in done.stderr
-    line = [
-        sys.executable,
-        ROOT / "data.py",
-        "--caption_file",
-        table,
-        "--caption_column",
-        "TEXT",
-        "--url_column",
-        "TEXT",
-    ]
-    done = subprocess.run([*line, "--output_dir", folder], capture_output=True, text=True, timeout=300)
+    line = ["--caption_file", table, "--caption_column", "TEXT", "--url_column", "TEXT"]
+    done = finish_data(*line, "--output_dir", folder)
     assert done.returncode == 2 and "was made with --captions_only" in done.stderr
 
 
@@ -529,18 +516,18 @@ def test_killed_while_captions_are_swapped(
 ) -> None:
     """Every rank draws timesteps, noise, swaps and captions of its own, and draws the same again."""
     settings = {"random_conditioning": 5, "latents_cache_dir": tmp_path / "cache", "checkpointing_steps": 1}
-    settings |= {"max_train_steps": 8, "resume_from_checkpoint": "latest"}
+    settings |= {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
     lines = {name: teacher_run(teacher, tmp_path / name, captions, **settings) for name in ("whole", "cut")}
     whole = launcher.start(lines["whole"], tmp_path / "log", ranks=ranks)
     assert whole.wait() == [0] * ranks, whole.log()
     cut = launcher.start(lines["cut"], tmp_path / "cut-log", ranks=ranks)
-    cut.wait_for(lambda: (tmp_path / "cut" / "checkpoint-3").exists())
+    cut.wait_for(lambda: (tmp_path / "cut" / "checkpoint-2").exists())
     cut.kill_group()
     assert cut.wait() == [-signal.SIGKILL] * ranks
     again = launcher.start(lines["cut"], tmp_path / "again-log", ranks=ranks)
     assert again.wait() == [0] * ranks, again.log()
-    assert re.search(r"Optimiser steps = 8, going on after [3-7]", again.log())
-    assert_same_checkpoint(*(tmp_path / name / "checkpoint-8" for name in ("whole", "cut")))
+    assert re.search(r"Optimiser steps = 6, going on after [2-5]", again.log())
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint-6" for name in ("whole", "cut")))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from servers import (
     bomb,
     data_command,
     encode,
+    finish_data,
     multi_scan_jpeg,
     photo,
     quadrants,
@@ -353,10 +354,10 @@ except data.UserError as error:
     print(json.dumps([2, str(error)]))
 except data.DataError as error:
     print(json.dumps([1, str(error)]))
+sys.exit(0)
 """
     home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"} | environment
-    command = [sys.executable, "-c", code, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | home, capture_output=True, text=True)
+    done = finish_data(json.dumps(arguments), before=code, environment=home)
     return json.loads(done.stdout.splitlines()[-1]), done
 
 
@@ -1007,7 +1008,7 @@ def test_another_request_for_the_same_folder_is_refused(data_folder, hub_server,
 
 
 def test_check_finds_what_is_wrong(data_folder, tmp_path, capfd):
-    done = subprocess.run([*SCRIPT, "--check", str(data_folder.path)], capture_output=True, text=True)
+    done = finish_data("--check", data_folder.path)
     assert done.returncode == 0 and "every image opens" in done.stdout and "images" in done.stderr
 
     def problems(damage) -> str:

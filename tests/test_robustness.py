@@ -505,7 +505,7 @@ seen = []
 step = dt.training_step
 def watched(run, batch, micro_batch):
     result = step(run, batch, micro_batch)
-    if micro_batch % 50 == 49:
+    if micro_batch % 30 == 29:
         gc.collect()
         pages = int(open("/proc/self/statm").read().split()[1])
         seen.append([micro_batch + 1, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd"))])
@@ -517,12 +517,12 @@ dt.training_step = watched
 
 def test_memory_and_handles_do_not_grow(tmp_path: Path, teacher: Path, shards: Path, launcher: Launcher) -> None:
     settings = {**SETTINGS, "resolution": 8, "train_batch_size": 1, "use_ema": True, "report_to": "tensorboard"}
-    settings |= {"checkpointing_steps": 10, "checkpoints_total_limit": 2, "max_train_steps": 251}
+    settings |= {"checkpointing_steps": 6, "checkpoints_total_limit": 2, "max_train_steps": 151}
     run = launcher.start(flags(teacher, shards, tmp_path / "out", **settings), tmp_path / "log", before=WATCH)
     assert run.wait(300) == [0], run.log()[-3000:]
     seen = json.loads(re.findall(r"SEEN (.*)", run.log())[-1])
     steps, mebibytes, handles = zip(*seen, strict=True)
-    assert steps == tuple(range(50, 251, 50))
-    assert mebibytes[-1] - mebibytes[1] < 8, mebibytes  # from step 100 to step 250; a checkpoint takes 2 MiB
+    assert steps == tuple(range(30, 151, 30))
+    assert mebibytes[-1] - mebibytes[1] < 8, mebibytes  # from step 60 to step 150; a checkpoint takes 2 MiB
     assert len(set(handles)) == 1, handles  # over 25 checkpoints
     assert run.log().count("Saved ") == 25
