@@ -317,14 +317,14 @@ def show_ratio(ratio: Mapping[str, Any] | None) -> str:
     return f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else "not measured"
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, toy: bool) -> float:
     """FLOP/s of the fastest product of two square matrices, of growing size as long as one takes no 0.2 s."""
-    best = 0.0
+    best, limit = 0.0, 0.002 if toy else 0.2
     for size in (256, 512, 1024, 2048, 4096, 8192):
         left, right = torch.randn(2, size, size, device=device).to(dtype)
         seconds = min(timed_block(lambda a=left, b=right: a @ b, 3, device)[0] for _ in range(4))
         best = max(best, 2 * size**3 / seconds)
-        if seconds > 0.2:
+        if seconds > limit:
             break
     return best
 
@@ -562,7 +562,7 @@ def measure_training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     students = make_unets(meta["unet"], args.level)
     flops = {level: step_flops(meta, students[level], args.resolution) for level in args.level}
     precisions = args.precision or (["no", "bf16"] if device.type == "cpu" else ["bf16"])
-    peaks = {name: matmul_peak(device, dt.WEIGHT_DTYPES[name]) for name in {"no", *precisions}}
+    peaks = {name: matmul_peak(device, dt.WEIGHT_DTYPES[name], args.toy) for name in {"no", *precisions}}
     if args.precision is None and device.type == "cpu" and peaks["bf16"] < peaks["no"]:
         print(f"bf16 is left out: {peaks['bf16'] / 1e9:.1f} GFLOP/s here where float32 has {peaks['no'] / 1e9:.1f}.")
         precisions = ["no"]
@@ -783,9 +783,10 @@ def measure_inference(args: argparse.Namespace, _folder: Path) -> dict[str, Any]
         models[name] = count_work(unet, sample)
     work = sum(model["macs_with_attention"] * 2 for model in models.values())
     passes = 3 * (rounds + 1) * block + 6 + (2 * args.pipeline_steps + 4) * pipeline_rounds
+    minutes = work * passes / matmul_peak(device, dtype, args.toy) / 0.6 / 60
     print(
         f"U-Nets of the teacher and {len(models) - 1} students at {args.resolution} px, {rounds} rounds, and images "
-        f"in {args.pipeline_steps} steps: roughly {work * passes / matmul_peak(device, dtype) / 0.6 / 60:.0f} minutes."
+        f"in {args.pipeline_steps} steps: roughly {minutes:.0f} minutes."
     )
     parts = make_parts(args.toy, device)
     unets = make_unets(parts["unet"], dt.DISTILL_LEVELS)
