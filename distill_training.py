@@ -22,6 +22,7 @@ On a CPU, in minutes:
         --train_data_dir tests/shapes/train --resolution 64 --max_train_steps 100 --output_dir tiny-shapes
 """
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -33,17 +34,20 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import secrets
 import shutil
 import signal
+import statistics
 import sys
 import time
 from argparse import SUPPRESS, Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,9 +86,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 if not Path(__file__).with_name("data.py").is_file():
     print("distill_training.py: error: data.py is not beside it: keep the two scripts in one folder.", file=sys.stderr)
@@ -587,6 +592,11 @@ class StepHealth:
             if self.bad:
                 yield step
 
+    def give_up(self) -> None:
+        """Raise `GivenUp` where this process was sent a signal to stop."""
+        if self.received:
+            raise GivenUp
+
     def where_to_resume(self) -> str:
         """The checkpoint to go on from, for messages."""
         good = self.last_good_checkpoint if self.bad else self.last_checkpoint
@@ -652,11 +662,17 @@ class MetricLog:
         return {name: sum(row[name] for row in rows) / len(rows) for name in self.names if rows}, len(rows)
 
 
+class GivenUp(Exception):
+    """A signal came during what nothing is lost by giving up: validation images, or a measurement."""
+
+
 @contextmanager
 def warn_instead_of_failing(what: str) -> Iterator[None]:
     """What a run can do without must not end it: a full disk, or a tracker that is out of reach."""
     try:
         yield
+    except GivenUp:
+        logger.info(f"{what} is given up, to stop")
     except Exception as error:
         logger.warning(f"{what} failed ({first_line(error)}): the run goes on.")
 
@@ -756,7 +772,7 @@ class TrainingData:
 
     def __init__(self, rows: Any, columns: tuple[str, str], seed: int, **prepare: Any) -> None:
         self.rows, self.columns, self.seed = rows, columns, seed  # columns: of the image and of the caption
-        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool
+        self.prepare = prepare  # transform, tokenizer, proportion_empty_prompts, mirrors, pool, left_over
 
     def prepare_example(self, row: Mapping[str, Any], *place: int) -> dict[str, Any]:
         """One training example of an undecoded row, its `caption` not tokenised yet. Raises `UnusableSample`.
@@ -1065,11 +1081,16 @@ def make_train_dataset(args: Namespace, tokenizer: CLIPTokenizer, accelerator: A
             rows = rows.take(args.max_train_samples)
         rows = split_dataset_by_node(rows, accelerator.process_index, accelerator.num_processes)
         return StreamingDataset(rows, columns, args.seed, accelerator.process_index, **prepare)
-    if len(rows) == 0:
+    if len(rows) == 0 and args.teacher_latents is None:
         why = rows.describe_left_out() if isinstance(rows, data.Rows) else ""
         raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption. {why}".strip())
     if args.max_train_samples is not None and args.max_train_samples < len(rows):
-        rows = rows.select(random.Random(args.seed).sample(range(len(rows)), args.max_train_samples))
+        chosen = random.Random(args.seed).sample(range(len(rows)), args.max_train_samples)
+        if most := min(args.fidelity_samples, len(chosen) // 10):
+            others = set(range(len(rows))).difference(chosen)
+            others = [row for row in by_seed(args, len(rows)) if row in others][:most]
+            prepare["left_over"] = rows_to_encode(copy.copy(rows).select(others), columns, args)
+        rows = rows.select(chosen)
     return DistillationDataset(rows, columns, args.seed, **prepare)
 
 
@@ -1147,7 +1168,7 @@ def make_caption_pool(
     None where nothing reads them. To be called by all processes. With --random_conditioning the samples have it from
     here on. Raises `UserError` where there are too few, and `TrainingError` where the file cannot be shared.
     """
-    if not (args.teacher_latents or args.random_conditioning):
+    if args.teacher_latents is None and not args.random_conditioning:
         return None
     if args.caption_pool is not None:
         settings = Path(args.caption_pool), args.caption_column, args.caption_extension
@@ -1174,8 +1195,7 @@ def make_caption_pool(
                     ) from error
     accelerator.wait_for_everyone()
     found = list(folder.glob(TOKENS))
-    if any_process(accelerator, not found):
-        raise TrainingError(f"{folder} is not there everywhere: all machines must share it (--latents_cache_dir).")
+    check_shared(accelerator, folder, bool(found))
     pool = CaptionPool(found[0], tokenizer.model_max_length)
     if len(pool) < (args.teacher_latents or 1):
         raise UserError(f"--teacher_latents {args.teacher_latents} is more than --caption_pool has: {len(pool):,}.")
@@ -1183,10 +1203,10 @@ def make_caption_pool(
     return pool
 
 
-def choose_captions(args: Namespace, size: int) -> list[str]:
-    """The texts of --teacher_latents captions of a pool of `size`, drawn by --teacher_latents_seed, in their order."""
+def choose_captions(args: Namespace, size: int, rows: range) -> list[str]:
+    """The texts of these of a pool of `size` captions, in the order that --teacher_latents_seed gives them."""
     generator = torch.Generator().manual_seed(derived_seed(args.teacher_latents_seed, "captions"))
-    chosen = torch.randperm(size, generator=generator)[: args.teacher_latents].tolist()
+    chosen = torch.randperm(size, generator=generator)[rows.start : rows.stop].tolist()
     wanted = set(chosen)
     pool = data.read_captions(Path(args.caption_pool), args.caption_column, args.caption_extension)
     usable = enumerate(caption for text in pool for caption in usable_captions(text))
@@ -1250,6 +1270,12 @@ class RowsToEncode(DistillationDataset):
             except UnusableSample as unusable:
                 records.append({"captions": [], "fault": COUNTED[unusable.args[0]]})
         return records
+
+
+def rows_to_encode(rows: Any, columns: tuple[str, str], args: Namespace) -> RowsToEncode:
+    """These rows as the flags crop them, not mirrored: in a cache that is a variant of its own."""
+    crop = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
+    return RowsToEncode(rows, columns, args.seed, transform=crop, tokenizer=None)
 
 
 @dataclass
@@ -1353,8 +1379,7 @@ def latents_dataset(wanted: LatentShards, args: Namespace, accelerator: Accelera
                         "command goes on with what is made by now; or choose another --latents_cache_dir."
                     ) from error
     rows = rows or open_latents(folder, size)
-    if any_process(accelerator, rows is None):
-        raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
+    check_shared(accelerator, folder, rows is not None)
     return DistillationDataset(rows, ("image", "text"), args.seed, **wanted.dataset.prepare)
 
 
@@ -1369,9 +1394,7 @@ def cache_latents(
             vae.to(memory_format=torch.channels_last)
         if args.compile:
             vae.encoder.compile(dynamic=False)
-        crop = image_transforms(args.resolution, args.center_crop, False, args.image_interpolation_mode)
-        # Not mirrored by the transform: that is a variant of its own.
-        to_encode = RowsToEncode(dataset.rows, dataset.columns, dataset.seed, transform=crop, tokenizer=None)
+        to_encode = rows_to_encode(dataset.rows, dataset.columns, args)
         loader = batches_of(to_encode, args.dataloader_num_workers, list, vae.device, batch_sampler=batches)
         # TF32 is on by default, with 10 bits of mantissa.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), closing(loader):
@@ -1462,7 +1485,7 @@ def make_teacher_latents(
         unet = freeze(components.teacher_unet, accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision])
         freeze(components.text_encoder, accelerator.device, unet.dtype)
         pipeline = sampling_pipeline(components, torch.compile(unet, dynamic=False) if args.compile else unet)
-        captions, size, broken = choose_captions(args, len(pool)), args.train_batch_size, 0
+        captions, size, broken = choose_captions(args, len(pool), dataset.rows), args.train_batch_size, 0
         for _ in range(2):  # the first batch compiles, or is slow otherwise
             started = time.perf_counter()
             paint_latents(pipeline, [""] * size, range(size), args)
@@ -1745,9 +1768,10 @@ def load_components(
     vae = load_component(AutoencoderKL, args, subfolder="vae")
     needed = distils or prunes or args.teacher_latents
     teacher_unet = load_component(UNet2DConditionModel, args, subfolder="unet") if needed else None
-    if prunes:
+    unet = None
+    if args.evaluate is None and prunes:
         unet = build_student(teacher_unet, args.distill_level)
-    else:
+    elif args.evaluate is None:
         unet = load_component(UNet2DConditionModel, args, STUDENT, subfolder="unet")
         check_student(unet.config, teacher_config, args.distill_level)
     teacher_unet = teacher_unet if distils or args.teacher_latents else None
@@ -1819,6 +1843,12 @@ def use_channels_last(device: torch.device, dtype: torch.dtype, compiled: bool) 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without its hidden entries, which hold versions and paths."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A U-Net without the memory for its weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(_complete_unet_config(config))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -1993,6 +2023,12 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="max") > 0)
 
 
+def check_shared(accelerator: Accelerator, folder: Path, whole: bool) -> None:
+    """Raise `TrainingError` where what one process has written to `folder` is not `whole` for another."""
+    if any_process(accelerator, not whole):
+        raise TrainingError(f"{folder} is not whole everywhere: all machines must share it (--latents_cache_dir).")
+
+
 def try_everywhere(accelerator: Accelerator, action: Callable[..., Any], *arguments: Any) -> str | None:
     """Do something in every process; why it failed in one of them, or None."""
     problem = None
@@ -2041,6 +2077,15 @@ def save_checkpoint(run: Distillation) -> Path | None:
     accelerator.wait_for_everyone()
     run.health.last_checkpoint = path
     return path
+
+
+def save_and_stop(run: Distillation, saved: Path | None) -> None:
+    """At a signal: save a checkpoint where that was not just done, and say how to go on."""
+    check_finite(run.unet, run.health)
+    saved = saved or save_checkpoint(run)
+    after = f"Stopped by {signal.Signals(run.health.stop_signal).name} after step {run.state.global_step}"
+    kept = f"saved {saved}" if saved else f"not saved; {run.health.where_to_resume()}"
+    logger.info(f"{after}: {kept}; go on with --resume_from_checkpoint latest")
 
 
 def load_checkpoint(run: Distillation, checkpoint: Path, learning_rate: float) -> None:
@@ -2154,30 +2199,24 @@ def own_output_dir(args: Namespace, accelerator: Accelerator, checkpoint: Path |
 # Validation images, the saved pipeline and its model card.
 
 
-class ImagesGivenUp(Exception):
-    """A signal came while validation images were made, which nothing is lost by giving up."""
-
-
 def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
     """`num_validation_images` images of every validation prompt, in 25 steps of DPM-Solver++.
 
     The noise depends on the seed and the image's number alone, so that any two U-Nets start from the same. Raises
-    `ImagesGivenUp` after a signal to stop.
+    `GivenUp` after a signal to stop.
     """
     args, accelerator = run.args, run.accelerator
     pipeline = sampling_pipeline(run, accelerator.unwrap_model(unet, keep_torch_compile=False))
 
-    def look_for_signals(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if run.health.received:
-            raise ImagesGivenUp
+    def keep_on(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        run.health.give_up()
         return tensors
 
-    settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": 25}
-    settings |= {"guidance_scale": args.validation_guidance_scale, "callback_on_step_end": look_for_signals}
+    settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": PATH_STEPS}
+    settings |= {"guidance_scale": args.validation_guidance_scale, "callback_on_step_end": keep_on}
     images: list[Image.Image] = []
     for prompt in (prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)):
-        if run.health.received:
-            raise ImagesGivenUp
+        run.health.give_up()
         seed = derived_seed(args.seed, "validation", len(images))
         generator = torch.Generator(accelerator.device).manual_seed(seed)
         with torch.no_grad(), accelerator.autocast():
@@ -2188,49 +2227,65 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
 def make_teacher_images(run: Distillation) -> list[Image.Image]:
     """The teacher's validation images; none where it is not loaded. They do not change in a run."""
     if run.args.validation_prompts and run.teacher_unet is not None and run.accelerator.is_main_process:
-        with making_images(run):
+        with warn_instead_of_failing("Making validation images"), no_training(run):
             return generate_images(run, run.teacher_unet)
     return []
 
 
-def validate(run: Distillation, teacher_images: Sequence[Image.Image]) -> None:
-    """Make images with the student as it would be saved now, below the teacher's of the same noise where given.
-
-    The grid goes to `output_dir/validation/step-N.png` and to every tracker that takes images. The main process makes
-    them while the others wait.
-    """
-    args, step, ema_unet, unet = run.args, run.state.global_step, run.ema_unet, run.unet
-    if run.accelerator.is_main_process:
-        logger.info(f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images")
-        if ema_unet is not None:
-            ema_unet.join()
-            ema_unet.store(unet.parameters())
-            ema_unet.copy_to(unet.parameters())
-        unet.eval()
-        with making_images(run):
-            images = generate_images(run, unet)
-            columns, rows = min(len(images), 8), []
-            for start in range(0, len(images), columns):
-                for part in (teacher_images[start : start + columns], images[start : start + columns]):
-                    blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
-                    rows += [*part, *blanks] if part else []
-            grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
-            path = Path(args.output_dir) / "validation" / f"step-{step}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
-            for tracker in run.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
+@contextmanager
+def as_saved(run: Distillation) -> Iterator[nn.Module]:
+    """The student as it would be saved now, in evaluation mode: with the average's weights where there is one."""
+    unet, ema_unet = run.accelerator.unwrap_model(run.unet, keep_torch_compile=False), run.ema_unet
+    if ema_unet is not None:
+        ema_unet.join()
+        ema_unet.store(unet.parameters())
+        ema_unet.copy_to(unet.parameters())
+    unet.eval()
+    try:
+        yield unet
+    finally:
         unet.train()
         if ema_unet is not None:
             ema_unet.restore(unet.parameters())
-    run.accelerator.wait_for_everyone()
+
+
+def validate(run: Distillation, teacher_images: Sequence[Image.Image], meter: "FidelityMeter | None") -> None:
+    """Make images of the student as it would be saved now, and measure it. To be called by every process.
+
+    The grid, below the teacher's images of the same noise where given, goes to `output_dir/validation/step-N.png` and
+    to every tracker that takes images. The main process makes them while the others wait. A signal gives all up, and
+    all processes then know of it, as `run.health.stop_signal`.
+    """
+    args, step, accelerator = run.args, run.state.global_step, run.accelerator
+    with as_saved(run) as unet, no_training(run):
+        if accelerator.is_main_process and args.validation_prompts:
+            logger.info(
+                f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images"
+            )
+            with warn_instead_of_failing("Making validation images"):
+                images = generate_images(run, unet)
+                columns, rows = min(len(images), 8), []
+                for start in range(0, len(images), columns):
+                    for part in (teacher_images[start : start + columns], images[start : start + columns]):
+                        blanks = [Image.new("RGB", images[0].size, "white")] * (columns - len(part))
+                        rows += [*part, *blanks] if part else []
+                grid = make_image_grid(rows, rows=len(rows) // columns, cols=columns)
+                path = Path(args.output_dir) / "validation" / f"step-{step}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid.save(path)
+                for tracker in accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)
+        if meter is not None:
+            meter.measure(run, unet)
+    sent = torch.tensor(float(run.health.received), device=accelerator.device)
+    run.health.stop_signal = int(accelerator.reduce(sent, reduction="max"))
 
 
 @contextmanager
-def making_images(run: Distillation) -> Iterator[None]:
-    """Capture no features, which would keep them in memory, have the VAE on the device, and give up at a signal."""
+def no_training(run: Distillation) -> Iterator[None]:
+    """Capture no features, which would keep them in memory, and have the VAE on the device."""
     taps, place = [tap for tap in (run.student_tap, run.teacher_tap) if tap], run.vae.device
     for tap in taps:
         tap.enabled = False
@@ -2238,14 +2293,364 @@ def making_images(run: Distillation) -> Iterator[None]:
         run.vae.to(run.accelerator.device)  # with latents from shards it is in the host's memory
         with torch.compiler.set_stance("force_eager"):  # other shapes: minutes of compiling for an image
             yield
-    except ImagesGivenUp:
-        logger.info("The validation images are given up, to stop")
-    except Exception as error:
-        logger.warning(f"Making validation images failed ({first_line(error)}): the run goes on.")
     finally:
         run.vae.to(place)
         for tap in taps:
             tap.enabled = True
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Fidelity: how far a student is from its teacher on the same noise, without a network that judges images. Errors are
+# over the teacher's variance; means over noise levels are geometric, since plain ones are ruled by the least noise.
+
+HEADLINE, LEVELS, PATH_STEPS = "guided_path_error", 10, 25
+# Which of the `quantities`, and where: a sample has ten levels of noise, then ten states of the teacher's own path.
+MEASURES = {
+    "prediction_error": (0, slice(0, LEVELS)),
+    "empty_prompt_error": (1, slice(0, LEVELS)),
+    "guidance_gap_error": (2, slice(0, LEVELS)),
+    HEADLINE: (3, slice(LEVELS, None)),
+}
+
+
+def quantities(predictions: Tensor, guidance_scale: float) -> Tensor:
+    """What is compared of predictions (B, 2, C, h, w) for the caption and for the empty one: (B, 4, C, h, w).
+
+    Both, the gap between them, and the guided prediction (https://arxiv.org/abs/2207.12598, as diffusers weighs it).
+    """
+    caption, empty = predictions.unbind(1)
+    return torch.stack([caption, empty, caption - empty, empty + guidance_scale * (caption - empty)], 1)
+
+
+def bootstrap(values: Tensor, others: Tensor | None = None) -> list[float]:
+    """The average of values (samples,) or (samples, places), or how far above that of `others`; its 95 % interval.
+
+    The mean over samples, then the geometric mean over places. The interval is of 2,000 draws of the samples.
+    """
+    size, generator = len(values), torch.Generator().manual_seed(0)
+    drawn = torch.cat([torch.arange(size)[None], torch.randint(size, (2000, size), generator=generator)])
+    means = [each[drawn].mean(1) for each in (values, others) if each is not None]
+    means = [each if each.ndim == 1 else each.log().mean(1).exp() for each in means]
+    average = means[0] - sum(means[1:])
+    return [average[0].item(), *average[1:].quantile(torch.tensor([0.025, 0.975])).tolist()]
+
+
+def of_measure(errors: Any, name: str) -> Tensor:
+    """What one of the `MEASURES` averages of errors (samples, places, 4)."""
+    kind, at = MEASURES[name]
+    return torch.as_tensor(errors)[:, at, kind]
+
+
+def settle_fidelity(args: Namespace, checkpoint: Path | None, state: RunState) -> None:
+    """Turn the meter off, and say so, where it has nothing to measure by or would change what is trained on."""
+    unmeasured = "" if args.output_weight or args.feature_weight or args.teacher_latents else "no teacher is loaded"
+    if checkpoint and "fidelity_samples" not in state.settings:
+        unmeasured = f"{checkpoint} was made without, on all samples"
+    if args.fidelity_samples and unmeasured:
+        if args.load_best_model_at_end:
+            raise UserError(f"--load_best_model_at_end needs fidelity, which is not measured: {unmeasured}.")
+        logger.info(f"Fidelity is not measured: {unmeasured}")
+        args.fidelity_samples = 0
+
+
+def by_seed(args: Namespace, size: int) -> list[int]:
+    """The order in which rows are chosen to measure fidelity on: more of them are the same ones, and others."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(args.seed, "fidelity"))).tolist()
+
+
+def held_out(args: Namespace, dataset: TrainingData) -> int:
+    """How many samples fidelity takes from training: at most a tenth, and none where there are others."""
+    painted = args.teacher_latents is not None
+    others = isinstance(dataset, StreamingDataset) or painted or "left_over" in dataset.prepare
+    return 0 if others else min(args.fidelity_samples, len(dataset) // 10)
+
+
+def hold_out(
+    args: Namespace, dataset: TrainingData, pool: CaptionPool | None
+) -> tuple[TrainingData, RowsToEncode | range | None]:
+    """The data to train on, and what fidelity is measured on: rows, or more of the latents that the teacher makes."""
+    columns, count = dataset.columns, args.fidelity_samples
+    if not count:
+        return dataset, None
+    if isinstance(dataset, StreamingDataset):
+        return dataset, rows_to_encode(list(dataset.rows.take(count)), columns, args)
+    rows, taken, others = dataset.rows, held_out(args, dataset), dataset.prepare.get("left_over")
+    if args.teacher_latents is not None:  # to evaluate students it may be 0
+        others = range(len(rows), len(pool))[: count if args.evaluate else min(count, len(rows) // 10)]
+    if others:
+        return dataset, others
+    order = by_seed(args, len(rows))
+    if taken:
+        rest = copy.copy(rows).select(sorted(order[taken:]))
+        dataset = DistillationDataset(rest, columns, dataset.seed, **dataset.prepare)
+    else:
+        logger.info("Fidelity is measured on samples that are trained on: there are too few to hold any out")
+    return dataset, rows_to_encode(copy.copy(rows).select(order[: taken or count]), columns, args)
+
+
+@dataclass
+class Reference:
+    """What the teacher does on samples, by which students are judged."""
+
+    name: str
+    captions: list[str]
+    guidance_scale: float
+    timesteps: Tensor  # (places,)
+    places: np.ndarray  # (samples, places, 3, C, h, w): latents, predictions for the caption and for the empty one
+
+    @functools.cached_property
+    def variance(self) -> Tensor:
+        """Of every quantity at every place, over samples and elements: (places, 4)."""
+        predictions = (torch.from_numpy(self.places[:, place, 1:]) for place in range(len(self.timesteps)))
+        return torch.stack([quantities(each, self.guidance_scale).var((0, 2, 3, 4)) for each in predictions])
+
+    def errors(self, run: Distillation, unet: nn.Module, guidance_scale: float | None = None) -> Tensor:
+        """Mean squared errors over the variance: (samples, places, 4); those of other processes' samples are 0.
+
+        `guidance_scale` is the student's, where that is not the teacher's.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        errors = torch.zeros(len(self.captions), *self.variance.shape)
+        for sample in range(len(errors))[run.accelerator.process_index :: run.accelerator.num_processes]:
+            latents, *teachers = torch.from_numpy(self.places[sample]).unbind(1)
+            students = predict_places(run, unet, latents, self.timesteps, self.captions[sample])
+            apart = quantities(students, scale) - quantities(torch.stack(teachers, 1), self.guidance_scale)
+            errors[sample] = apart.square().mean((2, 3, 4)) / self.variance
+        return errors
+
+    def curve(self, errors: Any, measure: str) -> tuple[list[float], list[float]]:
+        """A measure by timestep, of errors (samples, places, 4): timesteps, and means over samples."""
+        return self.timesteps[MEASURES[measure][1]].tolist(), of_measure(errors, measure).mean(0).tolist()
+
+
+@torch.no_grad()
+def predict_places(run: Distillation, unet: nn.Module, latents: Tensor, timesteps: Tensor, caption: str) -> Tensor:
+    """A U-Net's predictions for a caption and for the empty one: (places, 2, C, h, w), float32, on the host.
+
+    Batches follow from --train_batch_size alone, not from the number of processes.
+    """
+    device, size, found = run.accelerator.device, run.args.train_batch_size, []
+    input_ids = tokenize_captions([caption, ""], run.tokenizer, random.Random())
+    text = run.text_encoder(input_ids.to(device))[0]
+    for states, times in zip(latents.split(size), timesteps.split(size), strict=True):
+        run.health.give_up()
+        inputs = [each.repeat_interleave(2, 0).to(device) for each in (states.to(unet.dtype), times)]
+        with run.accelerator.autocast():
+            pairs = unet(*inputs, text.repeat(len(states), 1, 1), return_dict=False)[0]
+        found.append(pairs.float().cpu().unflatten(0, (-1, 2)))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def guided_path(
+    run: Distillation, unet: nn.Module, captions: Sequence[str], noise: Tensor, steps: int, scale: float
+) -> Tensor:
+    """Latents before every step of guided sampling from `noise` (B, C, h, w), and at its end: (steps + 1, B, ...)."""
+    pipeline, states = sampling_pipeline(run, unet), [noise]
+
+    def keep(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        run.health.give_up()
+        states.append(tensors["latents"].float().cpu())
+        return tensors
+
+    settings = {"height": run.args.resolution, "width": run.args.resolution, "num_inference_steps": steps}
+    settings |= {"guidance_scale": scale, "output_type": "latent"}
+    with run.accelerator.autocast():
+        pipeline(captions, latents=noise.to(run.accelerator.device, unet.dtype), callback_on_step_end=keep, **settings)
+    return torch.stack(states)
+
+
+def measured_samples(
+    run: Distillation, measured: RowsToEncode | range, pool: CaptionPool | None
+) -> tuple[Tensor, list[str]]:
+    """Latents as the VAE's mean, (samples, C, h, w), float32, and a caption of each; see `hold_out`."""
+    args, size = run.args, run.args.train_batch_size
+    if isinstance(measured, range):
+        captions, pipeline = choose_captions(args, len(pool), measured), sampling_pipeline(run, run.teacher_unet)
+        parts = [slice(at, at + size) for at in range(0, len(measured), size)]
+        return torch.cat([paint_latents(pipeline, captions[part], measured[part], args) for part in parts]), captions
+    usable = [example for example in measured.__getitems__(range(len(measured))) if "fault" not in example]
+    if len(usable) < len(measured):
+        some = f"{len(measured) - len(usable)} of the {len(measured)} samples for fidelity"
+        logger.warning(f"{some} have a broken image or no caption: they are left out.")
+    if not usable:
+        raise UserError("None of the samples for fidelity can be used: choose other ones by --seed, or none.")
+    means = [each.get("latent_mean") for each in usable]
+    pixels = [each.get("pixel_values") for each in usable]
+    means = [encode_images(run.vae, p[None])[0][0] if m is None else m for m, p in zip(means, pixels, strict=True)]
+    return torch.stack([mean.float().cpu() for mean in means]), [each["captions"][0] for each in usable]
+
+
+def fidelity_noise(run: Distillation, sample: int) -> Tensor:
+    """The noise of a sample at each level, then that which its path begins with: (levels + 1, C, h, w)."""
+    generator = torch.Generator().manual_seed(derived_seed(run.args.seed, "fidelity", sample))
+    return torch.randn(LEVELS + 1, *latents_shape(run.vae, run.args), generator=generator)
+
+
+def write_reference(run: Distillation, folder: Path, latents: Tensor, captions: list[str]) -> None:
+    """Put what the teacher does on samples into `folder`."""
+    size, steps = run.args.train_batch_size, run.noise_scheduler.config.num_train_timesteps
+    scheduler = sampling_pipeline(run, run.teacher_unet).scheduler
+    scheduler.set_timesteps(PATH_STEPS)
+    visited = np.linspace(0, PATH_STEPS - 1, 10).round().astype(int)  # states of the path that are kept
+    levels = (2 * torch.arange(LEVELS) + 1) * steps // (2 * LEVELS)  # the middle of each bin
+    timesteps = torch.cat([levels, scheduler.timesteps[visited]])
+    partial, shape = data.hidden(folder / "teacher.npy"), (len(captions), len(timesteps), 3, *latents.shape[1:])
+    places = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+    for at in tqdm(range(0, len(captions), size), "Measuring the teacher"):
+        part = range(len(captions))[at : at + size]
+        noise = torch.stack([fidelity_noise(run, sample) for sample in part])
+        scale = run.args.validation_guidance_scale
+        path = guided_path(run, run.teacher_unet, captions[at : at + size], noise[:, LEVELS], PATH_STEPS, scale)
+        for number, sample in enumerate(part):
+            clean = latents[sample].expand(LEVELS, -1, -1, -1) * run.vae.config.scaling_factor
+            noisy = run.noise_scheduler.add_noise(clean, noise[number][:LEVELS], levels)
+            states = torch.cat([noisy, path[visited, number]])
+            places[sample, :, 0] = states
+            places[sample, :, 1:] = predict_places(run, run.teacher_unet, states, timesteps, captions[sample])
+    places.flush()
+    (folder / "samples.json").write_text(json.dumps({"captions": captions, "timesteps": timesteps.tolist()}))
+    data.put_in_place(partial, folder / "teacher.npy")
+
+
+def make_reference(run: Distillation, measured: RowsToEncode | range, pool: CaptionPool | None) -> Reference:
+    """What the teacher does on these samples, from a file where it was written before. To be called by every process.
+
+    Raises `UserError` or `TrainingError` where that file cannot be written or shared.
+    """
+    args, accelerator, known = run.args, run.accelerator, run.state.settings.items()
+    facts = {name: value for name, value in known if name in ("data", "caption pool") or "teacher's" in name}
+    names = "seed fidelity_samples max_train_samples resolution center_crop image_interpolation_mode cache_latents"
+    names += " image_column caption_column teacher_latents prediction_type validation_guidance_scale"
+    facts |= {name: getattr(args, name) for name in names.split()} | {"precision": accelerator.mixed_precision}
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+    folder = latents_folder(args) / f"fidelity-{digest}"
+    if accelerator.is_main_process:
+        with folder_lock("latents_cache_dir", folder, True), no_training(run):
+            if not (folder / "teacher.npy").exists():
+                try:
+                    write_reference(run, folder, *measured_samples(run, measured, pool))
+                except OSError as error:
+                    raise TrainingError(f"What fidelity compares with cannot be kept in {folder}: {error}.") from error
+    accelerator.wait_for_everyone()
+    check_shared(accelerator, folder, (folder / "teacher.npy").exists())
+    samples, places = json.loads((folder / "samples.json").read_text()), np.load(folder / "teacher.npy", mmap_mode="c")
+    scale, timesteps = max(args.validation_guidance_scale, 1.0), torch.tensor(samples["timesteps"])  # 1: no guidance
+    return Reference(digest, samples["captions"], scale, timesteps, places)
+
+
+class FidelityMeter:
+    """Measures a run's student by a reference, and keeps account: `fidelity.json`, its figure and the best student.
+
+    What was measured after the checkpoint that is gone on from, or on other samples, is set aside.
+    """
+
+    def __init__(self, run: Distillation, reference: Reference, resumed: bool) -> None:
+        self.reference, self.folder = reference, Path(run.args.output_dir)
+        self.best, path = self.folder / "best", self.folder / "fidelity.json"
+        kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "set_aside": []}
+        goes_on = resumed and kept.get("reference") == reference.name
+        self.rows = [row for row in kept["rows"] if goes_on and row["step"] <= run.state.global_step]
+        self.set_aside = kept["set_aside"] + kept["rows"][len(self.rows) :]
+        if run.accelerator.is_main_process and self.best.exists():
+            if not goes_on or self.best_row()["step"] > run.state.global_step:
+                aside = (self.best.with_name(f"best-set-aside-{number}") for number in itertools.count())
+                self.best.rename(next(path for path in aside if not path.exists()))
+
+    def best_row(self) -> dict[str, Any]:
+        """The measurement of the student that is kept; one that any other is better than where there is none."""
+        path = self.best / "fidelity.json"
+        return json.loads(path.read_text()) if path.exists() else {HEADLINE: math.inf}
+
+    def plan(self, args: Namespace, step: int) -> str:
+        """What measuring takes from this step on, for messages."""
+        samples, times = len(self.reference.captions), -(-(args.max_train_steps - step) // args.validation_steps)
+        passes = 2 * samples * len(self.reference.timesteps)
+        return f"{samples} samples, {passes:,} of the student's passes at a time, {times + (step == 0)} times"
+
+    def lacks(self, step: int, args: Namespace) -> bool:
+        """Whether a step that is to be measured was not, since a signal came."""
+        due = step % args.validation_steps == 0 or step == args.max_train_steps
+        return due and all(row["step"] != step for row in self.rows)
+
+    def measure(self, run: Distillation, unet: nn.Module) -> None:
+        """Measure the student, put down what came out, and keep the student where it is the best so far."""
+        accelerator, step, errors, started = run.accelerator, run.state.global_step, None, time.perf_counter()
+        with warn_instead_of_failing("Measuring fidelity"):
+            errors = self.reference.errors(run, unet)
+        if any_process(accelerator, errors is None):
+            return
+        errors = accelerator.reduce(errors.to(accelerator.device), reduction="sum").cpu()
+        found = {name: bootstrap(of_measure(errors, name)) for name in MEASURES}
+        measures, seconds = {name: value for name, (value, *_) in found.items()}, time.perf_counter() - started
+        row = {"step": step, **measures, "interval": found[HEADLINE][1:], "errors": errors.tolist()}
+        if not all(map(math.isfinite, measures.values())):
+            logger.warning(f"Fidelity at step {step} is not finite: it is left out.")
+            return
+        self.rows.append(row)
+        logger.info(f"Fidelity at step {step}: {describe_fidelity(row)}, measured in {seconds:.1f} s")
+        with warn_instead_of_failing(f"Keeping the fidelity of step {step}"):
+            if accelerator.is_main_process:
+                if run.args.load_best_model_at_end and row[HEADLINE] < self.best_row()[HEADLINE]:
+                    self.keep(unet, row)
+                self.write()
+        with warn_instead_of_failing("Logging fidelity"):
+            accelerator.log({f"fidelity/{name}": value for name, value in measures.items()}, step=step)
+
+    def keep(self, unet: nn.Module, row: Mapping[str, Any]) -> None:
+        """Replace `best/` by this student and what was measured of it."""
+        partial, removed = (self.folder / f".best.{state}" for state in ("partial", "removed"))
+        for leftover in (partial, removed):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unet.save_pretrained(partial / "unet")
+        (partial / "fidelity.json").write_text(json.dumps(row))
+        data.put_in_place(partial, self.best, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+    def write(self) -> None:
+        """Write `fidelity.json` and `validation/fidelity.png`."""
+        reference, path, rows = self.reference, self.folder / "fidelity.json", self.rows
+        record = {"reference": reference.name, "captions": reference.captions, "rows": rows}
+        record |= {"timesteps": reference.timesteps.tolist(), "set_aside": self.set_aside}
+        data.hidden(path).write_text(json.dumps(record))
+        data.put_in_place(data.hidden(path), path)
+        panels = {"by step": {name: ([row["step"] for row in rows], [row[name] for row in rows]) for name in MEASURES}}
+        shown = {row["step"]: row for row in (rows[0], min(rows, key=lambda row: row[HEADLINE]), rows[-1])}
+        for name in ("prediction_error", HEADLINE):
+            curves = {f"step {step}": reference.curve(row["errors"], name) for step, row in shown.items()}
+            panels[f"{name} by timestep"] = curves
+        draw_curves(self.folder / "validation" / "fidelity.png", panels)
+
+    def describe(self) -> dict[str, str]:
+        """The last and the best measurement, and how sure it is that the best is better, for messages and the card."""
+        if not self.rows:
+            return {}
+        last, best = self.rows[-1], min(self.rows, key=lambda row: row[HEADLINE])
+        less, low, high = bootstrap(*(of_measure(row["errors"], HEADLINE) for row in (last, best)))
+        gained = f"{less:.4g} less than the last ({low:.4g} to {high:.4g})"
+        facts = {"Fidelity": f"{describe_fidelity(last)}; 0 is what the teacher does, 1 as far from it as a constant"}
+        return facts | {"Best step": f"{best['step']:,}: guided path error {best[HEADLINE]:.4g}, {gained}"}
+
+
+def describe_fidelity(row: Mapping[str, Any]) -> str:
+    """What was measured, for messages and the card."""
+    low, high = row["interval"]
+    others = ", ".join(f"{name} {row[name]:.4g}" for name in MEASURES if name != HEADLINE)
+    return f"{HEADLINE} {row[HEADLINE]:.4g} ({low:.4g} to {high:.4g}), {others}".replace("_", " ")
+
+
+def draw_curves(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> None:
+    """A panel for each title, of curves by label, errors on a logarithmic axis."""
+    from matplotlib.figure import Figure  # here: it takes a second to import, and is not needed without fidelity
+
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, curve in curves.items():
+            axes.plot(*curve, marker=".", label=label)
+        axes.set(title=title, yscale="log")
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 WEIGHTS_NAME = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -2546,6 +2951,204 @@ CreativeML Open RAIL-M, with its use restrictions.
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# --evaluate: students against their teacher and one another, without training.
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the sampling steps, after which latents are compared
+
+
+def load_student(args: Namespace, source: str) -> UNet2DConditionModel:
+    """The U-Net of a pipeline or checkpoint, its average where there is one. Raises `UserError` where it has none."""
+    part, named = "unet_ema" if (Path(source) / "unet_ema").is_dir() else "unet", vars(args) | {"evaluate": source}
+    return load_component(UNet2DConditionModel, Namespace(**named), "evaluate", subfolder=part)
+
+
+def check_students(args: Namespace, accelerator: Accelerator, teacher_config: Mapping[str, Any]) -> None:
+    """Raise `UserError` where --evaluate cannot be met: a student is missing, or takes other latents or captions."""
+    if args.evaluate and accelerator.num_processes > 1:
+        raise UserError("--evaluate takes one process: leave accelerate's --num_processes at 1.")
+    if args.clip_model_name_or_path:
+        load_clip(args)
+    wanted = teacher_config.get("in_channels", 4), text_width(teacher_config)
+    for source in args.evaluate or ():
+        config = load_student(args, source).config
+        if (found := (config.in_channels, text_width(config))) != wanted:
+            takes = (
+                f"takes {found[0]} channels and {found[1]} numbers a token, its teacher {wanted[0]} and {wanted[1]}"
+            )
+            raise UserError(f"--evaluate {source} {takes}.")
+
+
+@torch.no_grad()
+def one_pass(unet: nn.Module, side: int) -> float:
+    """Seconds of a pass on one latent of this side, with a caption of 77 tokens."""
+    weight, config = unet.conv_in.weight, unet.config
+    inputs = torch.zeros(1, config.in_channels, side, side), 500, torch.zeros(1, 77, text_width(config))
+    inputs = [each.to(weight) if torch.is_tensor(each) else each for each in inputs]
+    synchronize = torch.cuda.synchronize if weight.device.type == "cuda" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    unet(*inputs)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def memory_of_pass(args: Namespace, source: str | None, side: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What memory a U-Net and one pass of it take; for a process that does nothing else."""
+    quiet_libraries()
+    unet = load_student(args, source) if source else load_component(UNet2DConditionModel, args, subfolder="unet")
+    one_pass(freeze(unet, device, dtype), side)
+    return peak_memory(device)
+
+
+def measure_cost(run: Distillation, source: str | None, unet: nn.Module) -> dict[str, Any]:
+    """Parameters, multiply-adds, time and memory of one pass; the time is over the teacher's, both taken in turns."""
+    side, place = latents_shape(run.vae, run.args)[1], (run.accelerator.device, run.weight_dtype)
+    with FlopCounterMode(display=False) as counter:
+        one_pass(unet, side)
+    pairs = [[one_pass(net, side) for net in (unet, run.teacher_unet)] for _ in range(6)][1:]  # the first warms up
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        memory = alone.submit(memory_of_pass, run.args, source, side, *place).result()
+    cost = {"parameters": count_parameters(unet), "GMACs": counter.get_total_flops() / 2e9}
+    return cost | {"time": statistics.median(ours / theirs for ours, theirs in pairs), "peak memory": memory}
+
+
+@torch.no_grad()
+def sample_images(
+    run: Distillation, unet: nn.Module, captions: list[str], steps: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """From noise that is the same for all U-Nets, latents (samples, 4, C, h, w) at `SHARES` of the steps, and images.
+
+    These are (samples, 3, H, W), from 0 to 1.
+    """
+    size, latents, images = run.args.train_batch_size, [], []
+    for at in tqdm(range(0, len(captions), size), "Sampling"):
+        part = range(len(captions))[at : at + size]
+        noise = torch.stack([fidelity_noise(run, sample)[LEVELS] for sample in part])
+        path = guided_path(run, unet, captions[at : at + size], noise, steps, scale)
+        latents.append(path[[round(share * steps) for share in SHARES]].transpose(0, 1))
+        final = path[-1].to(run.accelerator.device, run.vae.dtype) / run.vae.config.scaling_factor
+        images.append((run.vae.decode(final).sample.float().cpu() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(latents), torch.cat(images)
+
+
+def load_clip(args: Namespace) -> tuple[CLIPModel, CLIPProcessor]:
+    """The model of --clip_model_name_or_path and what prepares its inputs. Raises `UserError` where it is none."""
+    source, settings = args.clip_model_name_or_path, {"cache_dir": args.cache_dir}
+    try:
+        model = CLIPModel.from_pretrained(source, use_safetensors=True, **settings)
+        return model.eval(), CLIPProcessor.from_pretrained(source, **settings)
+    except Exception as error:
+        raise UserError(loading_error("loaded", "clip_model_name_or_path", source, error)) from error
+
+
+@torch.no_grad()
+def clip_scores(clip: tuple[CLIPModel, CLIPProcessor], images: Tensor, captions: list[str]) -> Tensor:
+    """100 times the cosine between every image and its caption: (samples,)."""
+    (model, processor), scores = clip, []
+    for image, caption in zip(images, captions, strict=True):
+        settings = {"return_tensors": "pt", "padding": True, "truncation": True, "do_rescale": False}
+        found = model(**processor(text=[caption], images=[image], **settings))
+        scores.append(100 * F.cosine_similarity(found.image_embeds, found.text_embeds))
+    return torch.cat(scores)
+
+
+def evaluate(
+    args: Namespace,
+    accelerator: Accelerator,
+    components: Components,
+    state: RunState,
+    measured: RowsToEncode | range,
+    pool: CaptionPool | None,
+) -> None:
+    """Compare the students of --evaluate with the teacher, and write the report into --output_dir."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    output_dir, place = Path(args.output_dir), (accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision])
+    for model in (components.vae, components.text_encoder, components.teacher_unet):
+        freeze(model, *place)
+    untrained = dict.fromkeys(("student_tap", "teacher_tap", "optimizer", "lr_scheduler", "ema_unet", "loss_function"))
+    known = {
+        "args": args,
+        "accelerator": accelerator,
+        "state": state,
+        "health": StepHealth(),
+        "weight_dtype": place[1],
+    }
+    run = Distillation(**vars(components), **known, **untrained)
+    reference = make_reference(run, measured, pool)
+    captions, scale = reference.captions, args.student_guidance_scale
+    scale = args.validation_guidance_scale if scale is None else scale
+    of_teacher, images = sample_images(run, run.teacher_unet, captions, PATH_STEPS, args.validation_guidance_scale)
+    costs, shown = {"teacher": measure_cost(run, None, run.teacher_unet)}, [images]
+    panels: dict[str, Any] = {f"{name} by timestep": {} for name in ("prediction_error", HEADLINE)} | {"drift": {}}
+    values: dict[str, dict[str, Tensor]] = {"teacher": {}}
+    for source in args.evaluate:
+        logger.info(f"Measuring {source}")
+        unet = freeze(load_student(args, source), *place)
+        costs[source], errors = measure_cost(run, source, unet), reference.errors(run, unet, max(scale, 1.0))
+        steps = args.student_num_inference_steps
+        latents, ours = sample_images(run, unet, captions, steps, scale)
+        drift = (latents - of_teacher).flatten(2).norm(dim=2) / of_teacher.flatten(2).norm(dim=2)
+        found = {name: of_measure(errors, name) for name in MEASURES}
+        found |= {f"drift at {share:.0%}": drift[:, n] for n, share in enumerate(SHARES)}
+        found["PSNR"] = peak_signal_noise_ratio(ours, images, 1.0, reduction="none", dim=(1, 2, 3)).clamp(max=100)
+        found["SSIM"] = structural_similarity_index_measure(ours, images, data_range=1.0, reduction="none")
+        values[source] = found
+        shown.append(ours)
+        for name in ("prediction_error", HEADLINE):
+            panels[f"{name} by timestep"][source] = reference.curve(errors, name)
+        panels["drift"][source] = SHARES, drift.mean(0).tolist()
+    clip = load_clip(args) if args.clip_model_name_or_path else None
+    for found, theirs in zip(values.values(), shown, strict=True):
+        found |= {"CLIP score": clip_scores(clip, theirs, captions)} if clip else {}
+    pairs = itertools.combinations(args.evaluate, 2)
+    apart = {f"{a} - {b}": {name: bootstrap(values[a][name], values[b][name]) for name in values[a]} for a, b in pairs}
+    averages = {source: {name: bootstrap(each) for name, each in found.items()} for source, found in values.items()}
+    samples = {source: {name: each.tolist() for name, each in found.items()} for source, found in values.items()}
+    record = {"settings": public_args(args), "captions": captions, "timesteps": reference.timesteps.tolist()}
+    record |= {"costs": costs, "averages": averages, "differences": apart, "samples": samples}
+    (output_dir / "report.json").write_text(json.dumps(record, indent=2))
+    (output_dir / "report.md").write_text(describe_students(record))
+    draw_curves(output_dir / "report.png", panels)
+    columns = min(len(captions), 8)
+    rows = [v2.functional.to_pil_image(image) for of_net in shown for image in of_net[:columns]]
+    make_image_grid(rows, rows=len(shown), cols=columns).save(output_dir / "grid.png")
+    logger.info(f"Compared {len(args.evaluate)} students on {len(captions)} samples: see {output_dir}/report.md")
+
+
+def describe_students(record: Mapping[str, Any]) -> str:
+    """The report of `evaluate`, in Markdown."""
+
+    def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        lines = [["", *columns], ["---"] * (len(columns) + 1)]
+        lines += [[name, *(show(column.get(name, "")) for column in columns.values())] for name in names]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def show(value: Any) -> str:
+        if isinstance(value, list):
+            return f"{value[0]:.4g} ({value[1]:.4g} to {value[2]:.4g})"
+        return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+    settings = record["settings"]
+    columns = {name: cost | record["averages"][name] for name, cost in record["costs"].items()}
+    text = f"""# Students of {settings[TEACHER]}
+
+{len(record["captions"])} samples at {settings["resolution"]} pixels; in brackets 95 % of 2,000 draws of them.
+
+{table(columns)}
+
+- Errors are over the teacher's variance: 0 is what the teacher does, 1 is as far from it as a constant.
+  `{HEADLINE}` is of the guided prediction on the teacher's path, guidance {settings["validation_guidance_scale"]:g}.
+- Drift is how far latents sampled from the same noise are from the teacher's, over their length. PSNR and SSIM compare
+  the finished images with the teacher's.
+- Time is that of one pass for one image over the teacher's. Memory is of a process that does such a pass and no more.
+"""
+    differences = f"\n## Paired differences, on the same samples and noise\n\n{table(record['differences'])}\n"
+    return text + (differences if record["differences"] else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Command line. One row is all there is of a flag: name, type, default, what is allowed, help, and whether it may
 # change when a run is resumed. "free": it changes no sample, no loss and no update; or, as for data, teacher and batch
 # size, its effect is compared instead. "never": what a checkpoint holds would have another shape.
@@ -2555,6 +3158,7 @@ SCHEDULES = [schedule.value for schedule in SchedulerType if schedule is not Sch
 TASK_WEIGHT = "Weight of the task term; default: 1, of latents that the teacher made 0."
 EMPTY_PROMPTS = "Share of captions left empty; 0 only for use without guidance."
 SEEDS = data.between(0, 2**32 - 1)
+AT_LEAST_4 = data.at_least(4)
 
 FLAG_GROUPS: dict[str, list[Flag]] = {
     "models": [
@@ -2594,6 +3198,12 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("proportion_empty_prompts", float, 0.1, FROM_0_TO_1, EMPTY_PROMPTS, before=0.0),
         Flag("random_conditioning", float, 0.0, AT_LEAST_0, "Lambda of swapped captions, 5 in the paper; 0: none."),
         Flag("dataloader_num_workers", int, 0, AT_LEAST_0, "Processes that load data; 0: the main one.", "free"),
+    ],
+    "comparing students, without training": [
+        Flag("evaluate", str, None, None, "Students: folders, or names on the hub.", "free", nargs="+"),
+        Flag("student_num_inference_steps", int, 25, AT_LEAST_4, "Their steps; the teacher takes 25.", "free"),
+        Flag("student_guidance_scale", float, None, AT_LEAST_0, "If not --validation_guidance_scale.", "free"),
+        Flag("clip_model_name_or_path", str, None, None, "CLIP model to score images with.", "free"),
     ],
     "optimisation": [
         Flag("train_batch_size", int, 16, AT_LEAST_1, "Images per process and micro-batch.", "free"),
@@ -2635,6 +3245,8 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("validation_steps", int, 500, AT_LEAST_1, "Steps between two validations.", "free"),
         Flag("num_validation_images", int, 1, AT_LEAST_1, "Images per prompt.", "free"),
         Flag("validation_guidance_scale", float, 7.5, AT_LEAST_0, "Guidance of the validation images.", "free"),
+        Flag("fidelity_samples", int, 16, AT_LEAST_0, "Samples that fidelity is measured on; 0: none.", before=0),
+        Flag("load_best_model_at_end", bool, False, None, "Save the student that fidelity calls best.", "free"),
         Flag("checkpointing_steps", int, 500, AT_LEAST_1, "Steps between two checkpoints.", "free"),
         Flag("checkpoints_total_limit", int, None, AT_LEAST_1, "Keep no more checkpoints than this.", "free"),
         Flag("resume_from_checkpoint", str, None, None, "'latest', or a checkpoint's name or path.", "free"),
@@ -2647,6 +3259,19 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
     ],
 }  # fmt: skip
 FLAGS = {flag.name: flag for group in FLAG_GROUPS.values() for flag in group}
+
+# Flags that --evaluate reads, and what it takes for others' defaults.
+EVALUATE_FLAGS = """
+    pretrained_model_name_or_path revision variant single_file_config cache_dir dataset_name dataset_config_name
+    streaming train_data_dir teacher_latents teacher_latents_steps teacher_latents_guidance_scale
+    teacher_latents_seed caption_pool image_column caption_column caption_extension max_train_samples resolution
+    center_crop image_interpolation_mode latents_cache_dir evaluate student_num_inference_steps
+    student_guidance_scale clip_model_name_or_path prediction_type mixed_precision train_batch_size seed
+    output_dir validation_guidance_scale fidelity_samples
+""".split()
+EVALUATE_DEFAULTS = {"fidelity_samples": 64, "output_dir": "fidelity", "seed": 0, "max_train_steps": 1}
+EVALUATE_DEFAULTS |= {"report_to": "none"}
+EVALUATE_ALONE = ("student_num_inference_steps", "student_guidance_scale", "clip_model_name_or_path")
 
 REFUSED_FLAGS = {
     "--snr_gamma": "was removed: the distillation terms are not weighted by the signal-to-noise ratio",
@@ -2666,12 +3291,21 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     names = [word.partition("=")[0] for word in given]
     if "--export_from" in names:
         return parse_export(given)
-    parser = data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage)
+    parser, evaluates = (
+        data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage),
+        "--evaluate" in names,
+    )
     for name in REFUSED_FLAGS:
         parser.add_argument(name, nargs="?", dest="refused", help=SUPPRESS)
+    parser.set_defaults(**(EVALUATE_DEFAULTS if evaluates else {}))
     args = parser.parse_args(given)
+    alone = evaluates and args.caption_pool and not (args.train_data_dir or args.dataset_name or args.teacher_latents)
+    args.teacher_latents = 1 if alone else args.teacher_latents
+    read = EVALUATE_FLAGS if evaluates else [name for name in FLAGS if name not in EVALUATE_ALONE]
+    unread = [name for name in names if name[:2] == "--" and name[2:] in set(FLAGS).difference(read)]
+    problems = [f"{name} has no meaning {'with' if evaluates else 'without'} --evaluate." for name in unread]
     try:
-        problems = [f"{name} {REFUSED_FLAGS[name]}." for name in names if name in REFUSED_FLAGS] + validate_args(args)
+        problems += [f"{name} {REFUSED_FLAGS[name]}." for name in names if name in REFUSED_FLAGS] + validate_args(args)
     except OSError as error:  # such as a name that is too long, in whatever flag
         problems = [f"A path cannot be used: {error}."]
     del args.refused
@@ -2679,6 +3313,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
         parser.error("\n  " + "\n  ".join(problems))
     if args.task_weight is None:  # the noise in latents that guidance made would teach guidance a second time
         args.task_weight = 0.0 if is_teacher_made(args) else 1.0
+    if alone:
+        args.teacher_latents = 0  # no caption was trained on: all may be measured
     return args
 
 
@@ -2718,6 +3354,10 @@ def validate_args(args: Namespace) -> list[str]:
     if args.single_file_config and single:
         problems += model_path_problems("single_file_config", args.single_file_config)
     problems += data_problems(args) + output_problems(args) + export_problems(Path(args.output_dir), EXPORTS)
+    needing = ("evaluate", "load_best_model_at_end") if args.fidelity_samples == 0 else ()
+    problems += [f"--{name} needs --fidelity_samples." for name in needing if getattr(args, name)]
+    if args.evaluate and os.path.lexists(args.output_dir):
+        problems.append(f"--output_dir {args.output_dir} is there already: a report needs a new folder.")
     if args.allow_changed_settings and args.resume_from_checkpoint is None:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -2768,8 +3408,10 @@ def data_problems(args: Namespace) -> list[str]:
         problems.append("--streaming needs --max_train_steps: the length of a stream is not known.")
     if args.streaming and args.cache_latents:
         problems.append("--cache_latents does not go with --streaming: what it caches is the whole data.")
-    if cache is not None and not (args.cache_latents or args.teacher_latents or args.random_conditioning):
-        problems.append("--latents_cache_dir needs --cache_latents, --teacher_latents or --random_conditioning.")
+    kept = args.cache_latents or args.teacher_latents or args.random_conditioning or args.fidelity_samples
+    if cache is not None and not kept:
+        flags = "--cache_latents, --teacher_latents, --random_conditioning or --fidelity_samples"
+        problems.append(f"--latents_cache_dir needs {flags}.")
     if cache is not None and Path(cache).is_file():
         problems.append(f"--latents_cache_dir {cache} is a file, not a folder.")
     folder = Path(args.train_data_dir or ".")
@@ -2841,8 +3483,8 @@ def output_problems(args: Namespace) -> list[str]:
         return [f"--output_dir {folder} holds a finished pipeline: choose another folder."]
     settings = folder / "args.json"
     if not (settings.is_file() and '"distill_level"' in settings.read_text()):  # else it is a run's that stopped early
-        written = ("README.md", "args.json", "val_imgs_grid.png", "validation", "unet", "vae", "text_encoder")
-        written += ("tokenizer", "scheduler", "safety_checker", "feature_extractor")
+        written = ("README.md", "args.json", "val_imgs_grid.png", "validation", "best", "fidelity.json", "unet", "vae")
+        written += ("text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
         if name := next((name for name in written if (folder / name).exists()), None):
             return [f"--output_dir {folder} holds {name}, which is not from a run of this script: choose another."]
     return []
@@ -3013,6 +3655,13 @@ def peak_memory(device: torch.device) -> str:
     return "not known"
 
 
+def quiet_libraries() -> None:
+    """What they warn of (tensors missing, dtypes mixed) is an error here."""
+    for library in (transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def report(headline: str, facts: Mapping[str, Any]) -> None:
     """Log a headline and a table of facts."""
     logger.info(f"***** {headline} *****")
@@ -3031,7 +3680,9 @@ def read_health(run: Distillation, metrics: MetricLog, wait: bool) -> None:
             raise TrainingError(f"{stopped} ({broken}; --max_bad_steps {limit}); {run.health.where_to_resume()}.")
 
 
-def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], Tensor, float]:
+def train(
+    run: Distillation, dataset: TrainingData, meter: "FidelityMeter | None"
+) -> tuple[dict[str, float], Tensor, float]:
     """The training loop: the last metrics (see `MetricLog.means`), `counts`, and steps per second.
 
     It ends early where `run.health` has a signal to stop. Raises `TrainingError` where too many steps are skipped.
@@ -3043,11 +3694,14 @@ def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], T
     shown = {"desc": "Steps", "initial": first_step, "disable": not accelerator.is_local_main_process}
     batches = make_dataloader(dataset, args, accelerator, micro_batch)
     with closing(batches), tqdm(total=args.max_train_steps, **shown) as progress:
-        teacher_images = make_teacher_images(run)
-        if args.validation_prompts and first_step == 0:
-            validate(run, teacher_images)
+        teacher_images, steps = make_teacher_images(run), range(first_step + 1, args.max_train_steps + 1)
+        if (args.validation_prompts and first_step == 0) or (meter is not None and meter.lacks(first_step, args)):
+            validate(run, teacher_images, meter)
+            if health.stop_signal:
+                save_and_stop(run, None)
+                steps = range(0)
         started = time.perf_counter()
-        for step in range(first_step + 1, args.max_train_steps + 1):
+        for step in steps:
             learning_rate, terms = run.lr_scheduler.get_last_lr()[0], 0.0
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(batches)
@@ -3064,7 +3718,8 @@ def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], T
             if args.compile and step == first_step + 1 < args.max_train_steps:  # compiling is no training
                 started, timed_steps = time.perf_counter(), 0
             ends, saves = step == args.max_train_steps, step % args.checkpointing_steps == 0
-            validates = bool(args.validation_prompts) and (ends or step % args.validation_steps == 0)
+            validates = args.validation_prompts is not None or meter is not None
+            validates = validates and (ends or step % args.validation_steps == 0)
             read_health(run, metrics, wait=ends or saves or validates)
             if health.stop_signal:
                 read_health(run, metrics, wait=True)
@@ -3075,21 +3730,21 @@ def train(run: Distillation, dataset: TrainingData) -> tuple[dict[str, float], T
             saves = bool(health.stop_signal) or (saves and not health.bad)
             if saves or validates:
                 seconds += time.perf_counter() - started
+                saved = None
                 if saves:
                     check_finite(run.unet, health)
                     saved = save_checkpoint(run)
+                if validates and not health.stop_signal:
+                    validate(run, teacher_images, meter)
                 if health.stop_signal:
-                    after = f"Stopped by {signal.Signals(health.stop_signal).name} after step {step}"
-                    kept = f"saved {saved}" if saved else f"not saved; {health.where_to_resume()}"
-                    logger.info(f"{after}: {kept}; go on with --resume_from_checkpoint latest")
+                    save_and_stop(run, saved)
                     break
-                if validates:
-                    validate(run, teacher_images)
                 started = time.perf_counter()
         seconds += time.perf_counter() - started
     means, averaged = metrics.means()
     final = {f"Final {name}": f"{value:.6g}" for name, value in means.items()}
-    return final | {"Final values": f"means of the last {averaged} steps"}, counts, timed_steps / seconds
+    final |= {"Final values": f"means of the last {averaged} steps"}
+    return final | (meter.describe() if meter is not None else {}), counts, timed_steps / seconds
 
 
 def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> None:
@@ -3102,7 +3757,12 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     check_finite(run.unet, run.health)
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if run.ema_unet is not None:
+        best, step = output_dir / "best", args.max_train_steps
+        if args.load_best_model_at_end and best.exists():
+            step = json.loads((best / "fidelity.json").read_text())["step"]
+            kept = UNet2DConditionModel.from_pretrained(best, subfolder="unet", use_safetensors=True)
+            student.load_state_dict(kept.state_dict())
+        elif run.ema_unet is not None:
             run.ema_unet.join()
             run.ema_unet.copy_to(student.parameters())
         try:
@@ -3112,7 +3772,7 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
                 raise
             cannot = f"The pipeline cannot be saved in {output_dir} ({first_line(error)})"
             raise TrainingError(f"{cannot}; {run.health.where_to_resume()}.") from error
-        grid = output_dir / "validation" / f"step-{args.max_train_steps}.png"
+        grid = output_dir / "validation" / f"step-{step}.png"
         images = [Image.open(grid)] if grid.exists() else None
         # Stable Diffusion 2.x, known by its text encoder's width, came under another licence.
         licence = {1024: "openrail++"}.get(text_width(student.config), "creativeml-openrail-m")
@@ -3154,9 +3814,7 @@ def main(args: Namespace) -> None:
     line = "%(asctime)s - %(levelname)s - %(name)s - %(message)s"
     logging.basicConfig(format=line, datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    for library in (transformers.utils.logging, diffusers.utils.logging):
-        library.set_verbosity_error()  # what they warn of (tensors missing, dtypes mixed) is an error here
-        library.disable_progress_bar()
+    quiet_libraries()
     if args.export_from is not None:
         check_pipeline(args, "export_from")
         return accelerator.on_main_process(export_pipeline)(Path(args.export_from), args.export)
@@ -3171,6 +3829,7 @@ def main(args: Namespace) -> None:
         args.seed = accelerate_utils.broadcast_object_list([state.settings.get("seed", seed)])[0]
         origin = "as in the checkpoint" if checkpoint else "of --cache_latents" if args.cache_latents else "drawn"
         logger.info(f"Seed {args.seed} ({origin})")
+    settle_fidelity(args, checkpoint, state)
     settings = run_settings(args, accelerator)
     check_unchanged(checkpoint, state.settings, settings, args)
     accelerate_utils.set_seed(args.seed)
@@ -3180,18 +3839,18 @@ def main(args: Namespace) -> None:
     teacher_config = check_teacher(args)
     tokenizer = load_component(CLIPTokenizer, args, subfolder="tokenizer")
     check_text_encoder(args, tokenizer, teacher_config)
+    check_students(args, accelerator, teacher_config)
     noise_scheduler = load_noise_scheduler(args)
     dataset, total_batch = make_train_dataset(args, tokenizer, accelerator), total_batch_size(args, accelerator)
     if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / total_batch)
+        trained_on = len(dataset) - held_out(args, dataset)
+        args.max_train_steps = math.ceil(args.num_train_epochs * trained_on / total_batch)
         check_schedule(args, accelerator)
     repo_id = make_hub_repo(args, accelerator)
 
     # 4. The models, and whether data and teacher are those that the checkpoint was made with.
     components = load_components(args, teacher_config, tokenizer, noise_scheduler)
-    with torch.device("meta"):
-        of_teacher = count_parameters(UNet2DConditionModel.from_config(_complete_unet_config(teacher_config)))
-    of_student, vae = count_parameters(components.unet), components.vae
+    vae = components.vae
     latents = getattr(dataset.rows, "latents", None)
     pool = make_caption_pool(args, dataset, tokenizer, accelerator)
     contents = describe_contents(dataset, pool, components, teacher_config, args, accelerator.num_processes)
@@ -3211,12 +3870,18 @@ def main(args: Namespace) -> None:
         elif args.teacher_latents:
             dataset = make_teacher_latents(dataset, pool, components, contents, args, accelerator)
         encodes = not (latents or args.cache_latents or args.teacher_latents)
+        dataset, measured = hold_out(args, dataset, pool)
+        if args.evaluate:
+            return evaluate(args, accelerator, components, state, measured, pool)
         run = make_run(args, accelerator, components, state, checkpoint, encodes)
+        meter = FidelityMeter(run, make_reference(run, measured, pool), bool(checkpoint)) if measured else None
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True  # not for latents, which are kept for good
 
         # 6. Say what is about to happen, and write down the settings.
-        first_step, fewer = state.global_step, 1 - of_student / of_teacher
+        of_teacher = count_parameters(components.teacher_unet or meta_unet(teacher_config))
+        of_student, first_step = count_parameters(components.unet), state.global_step
+        fewer = 1 - of_student / of_teacher
         plan = {
             "Teacher": f"{args.pretrained_model_name_or_path}, {of_teacher:,} parameters in its U-Net",
             "Student": f"{args.distill_level}, {of_student:,} parameters ({fewer:.1%} fewer)",
@@ -3225,6 +3890,7 @@ def main(args: Namespace) -> None:
             or "none",
             "Caption pool": f"{len(pool):,} captions, lambda {args.random_conditioning:g}" if pool else "none",
             "Training samples": "a stream" if isinstance(dataset, StreamingDataset) else f"{len(dataset):,}",
+            "Fidelity": meter.plan(args, state.global_step) if meter else "not measured",
             "Images per process and micro-batch": args.train_batch_size,
             "Images per optimiser step (with accumulation and all processes)": total_batch,
             "Optimiser steps": f"{args.max_train_steps:,}"
@@ -3239,7 +3905,7 @@ def main(args: Namespace) -> None:
 
         # 7. Train.
         with stop_signals(run.health):
-            final, counts, steps_per_second = train(run, dataset)
+            final, counts, steps_per_second = train(run, dataset, meter)
             for tap in filter(None, (run.student_tap, run.teacher_tap)):
                 tap.close()
             if run.health.stop_signal:
@@ -3260,7 +3926,10 @@ def main(args: Namespace) -> None:
     done = {"Steps per second": per_second, "Peak memory": peak_memory(accelerator.device)}
     done |= {"Samples replaced": describe_counts(counts) + (f" (since step {first_step})" if checkpoint else "")}
     done |= {"Steps skipped": f"{state.skipped_steps}, and {state.scaler_skips} by the loss scaler"}
-    report("Training is done", final | done | {"Output": f"{output_dir}, loaded back and equal to what was trained"})
+    report(
+        "Training is done",
+        final | done | {"Output": f"{output_dir}, loaded back and equal to what was trained"},
+    )
     images_seen = (args.max_train_steps - first_step) * total_batch
     if counts[ENLARGED]:
         logger.warning(f"{counts[ENLARGED]} of {images_seen} images were smaller than --resolution and were enlarged.")

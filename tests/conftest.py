@@ -18,6 +18,8 @@ from helpers import make_pipeline, toy_images, write_shards  # noqa: E402
 from launcher import Launcher  # noqa: E402
 from servers import data_folder, hub_server, image_server  # noqa: E402, F401  (fixtures)
 
+import distill_training as dt  # noqa: E402
+
 torch.set_num_threads(1)
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds; a shuffled stream sleeps 5 after every epoch
 
@@ -30,6 +32,12 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fewer_sampling_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and the teacher's path in 12 steps instead of 25, as in the launcher's runs."""
+    monkeypatch.setattr(dt, "PATH_STEPS", 12)
 
 
 @pytest.fixture(scope="session")

@@ -191,6 +191,7 @@ def flags(teacher: Path, data: Path, output: Path, **settings: Any) -> list[str]
         "learning_rate": 1e-3,
         "seed": 11,
         "report_to": "none",
+        "fidelity_samples": 0,
     }
     line = []
     for name, value in {**defaults, **settings}.items():
@@ -229,6 +230,7 @@ def watched(
 def data_args(teacher: Path, **settings: object) -> argparse.Namespace:
     """Parsed flags of a run whose data alone is looked at."""
     defaults = {"resolution": 32, "train_batch_size": 4, "seed": 3, "center_crop": True, "proportion_empty_prompts": 0}
+    defaults["fidelity_samples"] = 0
     line = ["--pretrained_model_name_or_path", str(teacher), "--output_dir", "unused-output"]
     for name, value in {**defaults, **settings}.items():
         if value is not False:

@@ -183,6 +183,7 @@ def serve() -> None:
         importlib.import_module(name)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+        script.PATH_STEPS = 12  # as in conftest.py
         sys.modules["datasets"].config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # as in conftest.py
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -116,6 +116,9 @@ BOUNDS: dict[str, tuple[str, list[str], list[str]]] = {
     "dataloader_num_workers": AT_LEAST_0,
     "lr_warmup_steps": AT_LEAST_0,
     "max_bad_steps": AT_LEAST_0,
+    "fidelity_samples": AT_LEAST_0,
+    "student_num_inference_steps": ("at least 4", ["3", "-1"], ["4", "50"]),
+    "student_guidance_scale": AT_LEAST_0_REAL,
     "seed": ("from 0 to 4294967295", ["-1"], ["0", "4294967295"]),
     "max_train_samples": AT_LEAST_1,
     "train_batch_size": AT_LEAST_1,
@@ -383,6 +386,7 @@ def test_bounds(capsys: pytest.CaptureFixture[str], world: dict[str, str], name:
     pool = ["--teacher_latents", "3", "--caption_pool", "{root}/captions.txt"]
     Path(world["root"], "captions.txt").write_text("a red circle")
     data = pool if name.startswith("teacher_latents") else DATA
+    data = [*data, "--evaluate", "{teacher}"] if name.startswith("student_") else data
     for value in bad:
         (sentence,) = complaints(capsys, command_line(world, [f"--{name}={value}"], data))
         rule, _, got = sentence.removesuffix(".").partition(", got ")
@@ -396,6 +400,7 @@ def test_every_number_has_a_bound() -> None:
     args = dt.parse_args(["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--output_dir", "unused"])
     numbers = {key for key, value in vars(args).items() if isinstance(value, (int, float)) and value is not False}
     unset = {"max_train_steps", "max_train_samples", "checkpoints_total_limit", "seed", "teacher_latents"}
+    unset |= {"student_guidance_scale"}
     assert (numbers | unset) - {"local_rank"} == set(BOUNDS)
 
 
@@ -760,7 +765,8 @@ def test_a_schedule_that_its_library_refuses(refused_run: Callable[..., str]) ->
 )
 def test_a_warm_up_that_takes_all_steps(refused_run: Callable[..., str], length: list[str]) -> None:
     """The schedule divides by zero in the last step, with 20 images too."""
-    sentence = refused_run(["--lr_scheduler", "polynomial", "--lr_warmup_steps", "10", *length])
+    whole = ["--lr_scheduler", "polynomial", "--lr_warmup_steps", "10", "--fidelity_samples", "0"]
+    sentence = refused_run([*whole, *length])
     assert sentence == "--lr_scheduler polynomial: --lr_warmup_steps 10 must not be all of the 10 steps."
 
 

@@ -855,8 +855,8 @@ def test_a_run_from_the_cache_trains_the_same(tmp_path: Path, teacher: Path, mon
     [
         (["--cache_latents", "--streaming", "--max_train_steps", "1"], "--cache_latents does not go with --streaming"),
         (
-            ["--latents_cache_dir", "somewhere"],
-            "--latents_cache_dir needs --cache_latents, --teacher_latents or --random",
+            ["--latents_cache_dir", "somewhere", "--fidelity_samples", "0"],
+            "--latents_cache_dir needs --cache_latents, --teacher_latents, --random_conditioning or --fidelity",
         ),
         (["--cache_latents", "--latents_cache_dir", __file__], "is a file, not a folder"),
     ],

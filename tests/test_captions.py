@@ -473,7 +473,7 @@ def test_latents_that_are_not_finite(
         return latents
 
     monkeypatch.setattr(dt, "paint_latents", broken)
-    monkeypatch.setattr(dt, "choose_captions", lambda args, size: (CAPTIONS * 4)[: args.teacher_latents])
+    monkeypatch.setattr(dt, "choose_captions", lambda args, size, rows: (CAPTIONS * 4)[: len(rows)])
     path = tmp_path / "many.txt"
     path.write_text("\n".join(CAPTIONS * 5))
     bad = {100}

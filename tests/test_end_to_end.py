@@ -24,6 +24,7 @@ def training_flags(teacher: Path, output: Path) -> list[str]:
         *("--pretrained_model_name_or_path", str(teacher), "--output_dir", str(output), "--resolution", "64"),
         *("--train_batch_size", "2", "--max_train_steps", "2", "--seed", "5", "--report_to", "none"),
         *("--proportion_empty_prompts", "0"),  # which captions are empty depends on where they are read from
+        *("--fidelity_samples", "0"),
     ]
 
 
