@@ -85,11 +85,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 if not Path(__file__).with_name("data.py").is_file():
     print("distill_training.py: error: data.py is not beside it: keep the two scripts in one folder.", file=sys.stderr)
@@ -1079,16 +1080,20 @@ def make_train_dataset(args: Namespace, tokenizer: CLIPTokenizer, accelerator: A
     if isinstance(rows, datasets.IterableDataset):
         if args.max_train_samples is not None:
             rows = rows.take(args.max_train_samples)
+        prepare["left_over"] = rows.take(args.fidelity_samples)  # not left over, but the same for all processes
         rows = split_dataset_by_node(rows, accelerator.process_index, accelerator.num_processes)
         return StreamingDataset(rows, columns, args.seed, accelerator.process_index, **prepare)
     if len(rows) == 0 and args.teacher_latents is None:
         why = rows.describe_left_out() if isinstance(rows, data.Rows) else ""
         raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption. {why}".strip())
     if args.max_train_samples is not None and args.max_train_samples < len(rows):
-        chosen = random.Random(args.seed).sample(range(len(rows)), args.max_train_samples)
-        if most := min(args.fidelity_samples, len(chosen) // 10):
-            others = set(range(len(rows))).difference(chosen)
-            others = [row for row in by_seed(args, len(rows)) if row in others][:most]
+        chosen, taken = (
+            random.Random(args.seed).sample(range(len(rows)), args.max_train_samples),
+            torch.zeros(len(rows)),
+        )
+        most, order, taken[chosen] = min(args.fidelity_samples, len(chosen) // 10), by_seed(args, len(rows)), 1
+        others = order[taken[order] == 0][:most].tolist()
+        if len(others) == most > 0:
             prepare["left_over"] = rows_to_encode(copy.copy(rows).select(others), columns, args)
         rows = rows.select(chosen)
     return DistillationDataset(rows, columns, args.seed, **prepare)
@@ -2227,7 +2232,7 @@ def generate_images(run: Distillation, unet: nn.Module) -> list[Image.Image]:
 def make_teacher_images(run: Distillation) -> list[Image.Image]:
     """The teacher's validation images; none where it is not loaded. They do not change in a run."""
     if run.args.validation_prompts and run.teacher_unet is not None and run.accelerator.is_main_process:
-        with warn_instead_of_failing("Making validation images"), no_training(run):
+        with warn_instead_of_failing("Making validation images"), no_training(run), vae_at_hand(run):
             return generate_images(run, run.teacher_unet)
     return []
 
@@ -2262,7 +2267,7 @@ def validate(run: Distillation, teacher_images: Sequence[Image.Image], meter: "F
             logger.info(
                 f"Validation at step {step}: {len(args.validation_prompts) * args.num_validation_images} images"
             )
-            with warn_instead_of_failing("Making validation images"):
+            with warn_instead_of_failing("Making validation images"), vae_at_hand(run):
                 images = generate_images(run, unet)
                 columns, rows = min(len(images), 8), []
                 for start in range(0, len(images), columns):
@@ -2285,18 +2290,27 @@ def validate(run: Distillation, teacher_images: Sequence[Image.Image], meter: "F
 
 @contextmanager
 def no_training(run: Distillation) -> Iterator[None]:
-    """Capture no features, which would keep them in memory, and have the VAE on the device."""
-    taps, place = [tap for tap in (run.student_tap, run.teacher_tap) if tap], run.vae.device
+    """Capture no features, which would keep them in memory, and compile nothing for other shapes: it takes minutes."""
+    taps = [tap for tap in (run.student_tap, run.teacher_tap) if tap]
     for tap in taps:
         tap.enabled = False
     try:
-        run.vae.to(run.accelerator.device)  # with latents from shards it is in the host's memory
-        with torch.compiler.set_stance("force_eager"):  # other shapes: minutes of compiling for an image
+        with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        run.vae.to(place)
         for tap in taps:
             tap.enabled = True
+
+
+@contextmanager
+def vae_at_hand(run: Distillation) -> Iterator[None]:
+    """Have the VAE on the device; with latents from shards it is in the host's memory."""
+    place = run.vae.device
+    try:
+        run.vae.to(run.accelerator.device)
+        yield
+    finally:
+        run.vae.to(place)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -2344,7 +2358,7 @@ def of_measure(errors: Any, name: str) -> Tensor:
 def settle_fidelity(args: Namespace, checkpoint: Path | None, state: RunState) -> None:
     """Turn the meter off, and say so, where it has nothing to measure by or would change what is trained on."""
     unmeasured = "" if args.output_weight or args.feature_weight or args.teacher_latents else "no teacher is loaded"
-    if checkpoint and "fidelity_samples" not in state.settings:
+    if checkpoint and not state.settings.get("fidelity_samples"):
         unmeasured = f"{checkpoint} was made without, on all samples"
     if args.fidelity_samples and unmeasured:
         if args.load_best_model_at_end:
@@ -2353,9 +2367,9 @@ def settle_fidelity(args: Namespace, checkpoint: Path | None, state: RunState) -
         args.fidelity_samples = 0
 
 
-def by_seed(args: Namespace, size: int) -> list[int]:
+def by_seed(args: Namespace, size: int) -> Tensor:
     """The order in which rows are chosen to measure fidelity on: more of them are the same ones, and others."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(args.seed, "fidelity"))).tolist()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(args.seed, "fidelity")))
 
 
 def held_out(args: Namespace, dataset: TrainingData) -> int:
@@ -2365,27 +2379,27 @@ def held_out(args: Namespace, dataset: TrainingData) -> int:
     return 0 if others else min(args.fidelity_samples, len(dataset) // 10)
 
 
-def hold_out(
-    args: Namespace, dataset: TrainingData, pool: CaptionPool | None
-) -> tuple[TrainingData, RowsToEncode | range | None]:
+def hold_out(args: Namespace, dataset: TrainingData, pool: CaptionPool | None) -> tuple[TrainingData, Any]:
     """The data to train on, and what fidelity is measured on: rows, or more of the latents that the teacher makes."""
-    columns, count = dataset.columns, args.fidelity_samples
+    columns, count, others = dataset.columns, args.fidelity_samples, dataset.prepare.get("left_over")
     if not count:
         return dataset, None
     if isinstance(dataset, StreamingDataset):
-        return dataset, rows_to_encode(list(dataset.rows.take(count)), columns, args)
-    rows, taken, others = dataset.rows, held_out(args, dataset), dataset.prepare.get("left_over")
+        return dataset, others
+    rows, taken = dataset.rows, held_out(args, dataset)
     if args.teacher_latents is not None:  # to evaluate students it may be 0
         others = range(len(rows), len(pool))[: count if args.evaluate else min(count, len(rows) // 10)]
     if others:
         return dataset, others
     order = by_seed(args, len(rows))
     if taken:
-        rest = copy.copy(rows).select(sorted(order[taken:]))
+        rest = copy.copy(rows).select(order[taken:].sort().values.numpy())
         dataset = DistillationDataset(rest, columns, dataset.seed, **dataset.prepare)
     else:
-        logger.info("Fidelity is measured on samples that are trained on: there are too few to hold any out")
-    return dataset, rows_to_encode(copy.copy(rows).select(order[: taken or count]), columns, args)
+        logger.info(
+            "Fidelity is measured on samples that are trained on: there are too few, or no captions beside them"
+        )
+    return dataset, rows_to_encode(copy.copy(rows).select(order[: taken or count].tolist()), columns, args)
 
 
 @dataclass
@@ -2460,15 +2474,16 @@ def guided_path(
     return torch.stack(states)
 
 
-def measured_samples(
-    run: Distillation, measured: RowsToEncode | range, pool: CaptionPool | None
-) -> tuple[Tensor, list[str]]:
+def measured_samples(run: Distillation, measured: Any, pool: CaptionPool | None) -> tuple[Tensor, list[str]]:
     """Latents as the VAE's mean, (samples, C, h, w), float32, and a caption of each; see `hold_out`."""
     args, size = run.args, run.args.train_batch_size
     if isinstance(measured, range):
         captions, pipeline = choose_captions(args, len(pool), measured), sampling_pipeline(run, run.teacher_unet)
         parts = [slice(at, at + size) for at in range(0, len(measured), size)]
         return torch.cat([paint_latents(pipeline, captions[part], measured[part], args) for part in parts]), captions
+    if isinstance(measured, datasets.IterableDataset):
+        rows = list(StreamingDataset._read(measured))
+        measured = rows_to_encode(rows, (args.image_column, args.caption_column), args)
     usable = [example for example in measured.__getitems__(range(len(measured))) if "fault" not in example]
     if len(usable) < len(measured):
         some = f"{len(measured) - len(usable)} of the {len(measured)} samples for fidelity"
@@ -2496,7 +2511,7 @@ def write_reference(run: Distillation, folder: Path, latents: Tensor, captions: 
     levels = (2 * torch.arange(LEVELS) + 1) * steps // (2 * LEVELS)  # the middle of each bin
     timesteps = torch.cat([levels, scheduler.timesteps[visited]])
     partial, shape = data.hidden(folder / "teacher.npy"), (len(captions), len(timesteps), 3, *latents.shape[1:])
-    places = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+    places = np.zeros(shape, np.float32)  # not mapped yet: a full disk would be a SIGBUS
     for at in tqdm(range(0, len(captions), size), "Measuring the teacher"):
         part = range(len(captions))[at : at + size]
         noise = torch.stack([fidelity_noise(run, sample) for sample in part])
@@ -2508,12 +2523,13 @@ def write_reference(run: Distillation, folder: Path, latents: Tensor, captions: 
             states = torch.cat([noisy, path[visited, number]])
             places[sample, :, 0] = states
             places[sample, :, 1:] = predict_places(run, run.teacher_unet, states, timesteps, captions[sample])
-    places.flush()
+    with open(partial, "wb") as file:
+        np.save(file, places)
     (folder / "samples.json").write_text(json.dumps({"captions": captions, "timesteps": timesteps.tolist()}))
     data.put_in_place(partial, folder / "teacher.npy")
 
 
-def make_reference(run: Distillation, measured: RowsToEncode | range, pool: CaptionPool | None) -> Reference:
+def make_reference(run: Distillation, measured: Any, pool: CaptionPool | None) -> Reference:
     """What the teacher does on these samples, from a file where it was written before. To be called by every process.
 
     Raises `UserError` or `TrainingError` where that file cannot be written or shared.
@@ -2523,10 +2539,12 @@ def make_reference(run: Distillation, measured: RowsToEncode | range, pool: Capt
     names = "seed fidelity_samples max_train_samples resolution center_crop image_interpolation_mode cache_latents"
     names += " image_column caption_column teacher_latents prediction_type validation_guidance_scale"
     facts |= {name: getattr(args, name) for name in names.split()} | {"precision": accelerator.mixed_precision}
+    facts |= {"evaluate": bool(args.evaluate), "levels": LEVELS, "steps": PATH_STEPS}
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
-    folder = latents_folder(args) / f"fidelity-{digest}"
+    cached = args.latents_cache_dir or args.cache_latents or args.teacher_latents or args.random_conditioning
+    folder = (latents_folder(args) if cached else Path(args.output_dir)) / f"fidelity-{digest}"
     if accelerator.is_main_process:
-        with folder_lock("latents_cache_dir", folder, True), no_training(run):
+        with folder_lock("latents_cache_dir", folder, True), no_training(run), vae_at_hand(run):
             if not (folder / "teacher.npy").exists():
                 try:
                     write_reference(run, folder, *measured_samples(run, measured, pool))
@@ -2547,26 +2565,32 @@ class FidelityMeter:
 
     def __init__(self, run: Distillation, reference: Reference, resumed: bool) -> None:
         self.reference, self.folder = reference, Path(run.args.output_dir)
-        self.best, path = self.folder / "best", self.folder / "fidelity.json"
+        self.best, path, removed = self.folder / "best", self.folder / "fidelity.json", self.folder / ".best.removed"
         kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "set_aside": []}
         goes_on = resumed and kept.get("reference") == reference.name
         self.rows = [row for row in kept["rows"] if goes_on and row["step"] <= run.state.global_step]
         self.set_aside = kept["set_aside"] + kept["rows"][len(self.rows) :]
-        if run.accelerator.is_main_process and self.best.exists():
-            if not goes_on or self.best_row()["step"] > run.state.global_step:
+        if len(self.set_aside) > len(kept["set_aside"]):
+            logger.info("Fidelity measured after the checkpoint, or on other samples or guidance, is set aside")
+        if run.accelerator.is_main_process:
+            if removed.exists() and not self.best.exists():  # killed while it was replaced
+                removed.rename(self.best)
+            if self.best.exists() and not (goes_on and self.best_row()["step"] <= run.state.global_step):
                 aside = (self.best.with_name(f"best-set-aside-{number}") for number in itertools.count())
                 self.best.rename(next(path for path in aside if not path.exists()))
+                logger.info(f"{self.best} is of a step after the checkpoint, or of other samples: it is set aside")
 
     def best_row(self) -> dict[str, Any]:
         """The measurement of the student that is kept; one that any other is better than where there is none."""
         path = self.best / "fidelity.json"
-        return json.loads(path.read_text()) if path.exists() else {HEADLINE: math.inf}
+        return json.loads(path.read_text()) if path.exists() else {"step": math.inf, HEADLINE: math.inf}
 
     def plan(self, args: Namespace, step: int) -> str:
         """What measuring takes from this step on, for messages."""
-        samples, times = len(self.reference.captions), -(-(args.max_train_steps - step) // args.validation_steps)
+        samples, every, last = len(self.reference.captions), args.validation_steps, args.max_train_steps
+        times = last // every - step // every + (last % every > 0) + self.lacks(step, args)
         passes = 2 * samples * len(self.reference.timesteps)
-        return f"{samples} samples, {passes:,} of the student's passes at a time, {times + (step == 0)} times"
+        return f"{samples} samples, {passes:,} of the student's passes at a time, {times} times"
 
     def lacks(self, step: int, args: Namespace) -> bool:
         """Whether a step that is to be measured was not, since a signal came."""
@@ -2621,15 +2645,21 @@ class FidelityMeter:
             panels[f"{name} by timestep"] = curves
         draw_curves(self.folder / "validation" / "fidelity.png", panels)
 
-    def describe(self) -> dict[str, str]:
-        """The last and the best measurement, and how sure it is that the best is better, for messages and the card."""
+    def describe(self, args: Namespace) -> dict[str, str]:
+        """What was measured of the student that is saved, and how sure it is that the best is better than the rest."""
         if not self.rows:
             return {}
         last, best = self.rows[-1], min(self.rows, key=lambda row: row[HEADLINE])
-        less, low, high = bootstrap(*(of_measure(row["errors"], HEADLINE) for row in (last, best)))
-        gained = f"{less:.4g} less than the last ({low:.4g} to {high:.4g})"
+        if args.load_best_model_at_end and self.best.exists():
+            best = last = self.best_row()
         facts = {"Fidelity": f"{describe_fidelity(last)}; 0 is what the teacher does, 1 as far from it as a constant"}
-        return facts | {"Best step": f"{best['step']:,}: guided path error {best[HEADLINE]:.4g}, {gained}"}
+        others = [row for row in self.rows if row["step"] != best["step"]]
+        if others:
+            other = others[-1]
+            less, low, high = bootstrap(*(of_measure(row["errors"], HEADLINE) for row in (other, best)))
+            gained = f"{less:.4g} less than at step {other['step']:,} ({low:.4g} to {high:.4g})"
+            facts["Best step"] = f"{best['step']:,}: guided path error {best[HEADLINE]:.4g}, {gained}"
+        return facts
 
 
 def describe_fidelity(row: Mapping[str, Any]) -> str:
@@ -2898,7 +2928,7 @@ noise: [random conditioning](https://arxiv.org/abs/2504.02011), lambda {args.ran
     places = {name: Path(value).name for name in local if (value := getattr(args, name)) and Path(value).exists()}
     shown = {name: value for name, value in sorted({**public_args(args), **places}.items()) if value is not None}
     unused = [name for name in FLAGS if name.startswith("teacher_latents_") and args.teacher_latents is None]
-    hidden = ("output_dir", "cache_dir", "logging_dir", *unused)
+    hidden = ("output_dir", "cache_dir", "logging_dir", *EVALUATE_ALONE, *unused)
     header = huggingface_hub.ModelCardData(
         license=license,
         library_name="diffusers",
@@ -2970,12 +3000,15 @@ def check_students(args: Namespace, accelerator: Accelerator, teacher_config: Ma
         load_clip(args)
     wanted = teacher_config.get("in_channels", 4), text_width(teacher_config)
     for source in args.evaluate or ():
-        config = load_student(args, source).config
-        if (found := (config.in_channels, text_width(config))) != wanted:
-            takes = (
-                f"takes {found[0]} channels and {found[1]} numbers a token, its teacher {wanted[0]} and {wanted[1]}"
-            )
-            raise UserError(f"--evaluate {source} {takes}.")
+        student = load_student(args, source)
+        if (found := (student.config.in_channels, text_width(student.config))) != wanted:
+            takes = "takes {} channels and {} numbers a token".format
+            raise UserError(f"--evaluate {source} {takes(*found)}, its teacher {takes(*wanted)}.")
+        try:
+            if predict_noise(student).shape[1] != wanted[0]:
+                raise ValueError("it gives another number of channels")
+        except Exception as error:
+            raise UserError(f"--evaluate {source} does not run as its teacher does: {first_line(error)}.") from error
 
 
 @torch.no_grad()
@@ -2994,6 +3027,7 @@ def one_pass(unet: nn.Module, side: int) -> float:
 
 def memory_of_pass(args: Namespace, source: str | None, side: int, device: torch.device, dtype: torch.dtype) -> str:
     """What memory a U-Net and one pass of it take; for a process that does nothing else."""
+    PartialState(cpu=device.type == "cpu")  # what is logged asks for it
     quiet_libraries()
     unet = load_student(args, source) if source else load_component(UNet2DConditionModel, args, subfolder="unet")
     one_pass(freeze(unet, device, dtype), side)
@@ -3003,10 +3037,12 @@ def memory_of_pass(args: Namespace, source: str | None, side: int, device: torch
 def measure_cost(run: Distillation, source: str | None, unet: nn.Module) -> dict[str, Any]:
     """Parameters, multiply-adds, time and memory of one pass; the time is over the teacher's, both taken in turns."""
     side, place = latents_shape(run.vae, run.args)[1], (run.accelerator.device, run.weight_dtype)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU
         one_pass(unet, side)
     pairs = [[one_pass(net, side) for net in (unet, run.teacher_unet)] for _ in range(6)][1:]  # the first warms up
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+    # A spawned process would begin with the peak of this one, where the system keeps that over exec.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as alone:
         memory = alone.submit(memory_of_pass, run.args, source, side, *place).result()
     cost = {"parameters": count_parameters(unet), "GMACs": counter.get_total_flops() / 2e9}
     return cost | {"time": statistics.median(ours / theirs for ours, theirs in pairs), "peak memory": memory}
@@ -3031,18 +3067,23 @@ def sample_images(
     return torch.cat(latents), torch.cat(images)
 
 
-def load_clip(args: Namespace) -> tuple[CLIPModel, CLIPProcessor]:
+def load_clip(args: Namespace) -> tuple[nn.Module, Any]:
     """The model of --clip_model_name_or_path and what prepares its inputs. Raises `UserError` where it is none."""
+    from transformers import CLIPModel, CLIPProcessor
+
     source, settings = args.clip_model_name_or_path, {"cache_dir": args.cache_dir}
+    weights = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     try:
-        model = CLIPModel.from_pretrained(source, use_safetensors=True, **settings)
+        model, info = CLIPModel.from_pretrained(source, **weights, **settings)
+        if missing := info["missing_keys"]:
+            raise ValueError(f"{len(missing)} of its tensors are missing")
         return model.eval(), CLIPProcessor.from_pretrained(source, **settings)
     except Exception as error:
         raise UserError(loading_error("loaded", "clip_model_name_or_path", source, error)) from error
 
 
 @torch.no_grad()
-def clip_scores(clip: tuple[CLIPModel, CLIPProcessor], images: Tensor, captions: list[str]) -> Tensor:
+def clip_scores(clip: tuple[nn.Module, Any], images: Tensor, captions: list[str]) -> Tensor:
     """100 times the cosine between every image and its caption: (samples,)."""
     (model, processor), scores = clip, []
     for image, caption in zip(images, captions, strict=True):
@@ -3057,7 +3098,7 @@ def evaluate(
     accelerator: Accelerator,
     components: Components,
     state: RunState,
-    measured: RowsToEncode | range,
+    measured: Any,
     pool: CaptionPool | None,
 ) -> None:
     """Compare the students of --evaluate with the teacher, and write the report into --output_dir."""
@@ -3105,7 +3146,8 @@ def evaluate(
     apart = {f"{a} - {b}": {name: bootstrap(values[a][name], values[b][name]) for name in values[a]} for a, b in pairs}
     averages = {source: {name: bootstrap(each) for name, each in found.items()} for source, found in values.items()}
     samples = {source: {name: each.tolist() for name, each in found.items()} for source, found in values.items()}
-    record = {"settings": public_args(args), "captions": captions, "timesteps": reference.timesteps.tolist()}
+    settings = {name: getattr(args, name) for name in EVALUATE_FLAGS}
+    record = {"settings": settings, "captions": captions, "timesteps": reference.timesteps.tolist()}
     record |= {"costs": costs, "averages": averages, "differences": apart, "samples": samples}
     (output_dir / "report.json").write_text(json.dumps(record, indent=2))
     (output_dir / "report.md").write_text(describe_students(record))
@@ -3140,8 +3182,8 @@ def describe_students(record: Mapping[str, Any]) -> str:
 
 - Errors are over the teacher's variance: 0 is what the teacher does, 1 is as far from it as a constant.
   `{HEADLINE}` is of the guided prediction on the teacher's path, guidance {settings["validation_guidance_scale"]:g}.
-- Drift is how far latents sampled from the same noise are from the teacher's, over their length. PSNR and SSIM compare
-  the finished images with the teacher's.
+- Drift is how far latents sampled from the same noise are from the teacher's, over their length, at the step nearest
+  to that share of all steps. PSNR and SSIM compare the finished images with the teacher's.
 - Time is that of one pass for one image over the teacher's. Memory is of a process that does such a pass and no more.
 """
     differences = f"\n## Paired differences, on the same samples and noise\n\n{table(record['differences'])}\n"
@@ -3244,7 +3286,7 @@ FLAG_GROUPS: dict[str, list[Flag]] = {
         Flag("validation_prompts", str, None, None, "Prompts to make images of during training.", "free", nargs="+"),
         Flag("validation_steps", int, 500, AT_LEAST_1, "Steps between two validations.", "free"),
         Flag("num_validation_images", int, 1, AT_LEAST_1, "Images per prompt.", "free"),
-        Flag("validation_guidance_scale", float, 7.5, AT_LEAST_0, "Guidance of the validation images.", "free"),
+        Flag("validation_guidance_scale", float, 7.5, AT_LEAST_0, "Guidance of images and fidelity.", "free"),
         Flag("fidelity_samples", int, 16, AT_LEAST_0, "Samples that fidelity is measured on; 0: none.", before=0),
         Flag("load_best_model_at_end", bool, False, None, "Save the student that fidelity calls best.", "free"),
         Flag("checkpointing_steps", int, 500, AT_LEAST_1, "Steps between two checkpoints.", "free"),
@@ -3291,10 +3333,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     names = [word.partition("=")[0] for word in given]
     if "--export_from" in names:
         return parse_export(given)
-    parser, evaluates = (
-        data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage),
-        "--evaluate" in names,
-    )
+    evaluates = "--evaluate" in names
+    parser = data.make_parser(FLAG_GROUPS, "Distil a Stable Diffusion pipeline into a smaller one.", usage)
     for name in REFUSED_FLAGS:
         parser.add_argument(name, nargs="?", dest="refused", help=SUPPRESS)
     parser.set_defaults(**(EVALUATE_DEFAULTS if evaluates else {}))
@@ -3356,7 +3396,8 @@ def validate_args(args: Namespace) -> list[str]:
     problems += data_problems(args) + output_problems(args) + export_problems(Path(args.output_dir), EXPORTS)
     needing = ("evaluate", "load_best_model_at_end") if args.fidelity_samples == 0 else ()
     problems += [f"--{name} needs --fidelity_samples." for name in needing if getattr(args, name)]
-    if args.evaluate and os.path.lexists(args.output_dir):
+    there = os.listdir(args.output_dir) if args.evaluate and os.path.isdir(args.output_dir) else ()
+    if any(name != ".lock" and not name.startswith("fidelity-") for name in there):
         problems.append(f"--output_dir {args.output_dir} is there already: a report needs a new folder.")
     if args.allow_changed_settings and args.resume_from_checkpoint is None:
         problems.append("--allow_changed_settings needs --resume_from_checkpoint.")
@@ -3718,7 +3759,7 @@ def train(
             if args.compile and step == first_step + 1 < args.max_train_steps:  # compiling is no training
                 started, timed_steps = time.perf_counter(), 0
             ends, saves = step == args.max_train_steps, step % args.checkpointing_steps == 0
-            validates = args.validation_prompts is not None or meter is not None
+            validates = bool(args.validation_prompts) or meter is not None
             validates = validates and (ends or step % args.validation_steps == 0)
             read_health(run, metrics, wait=ends or saves or validates)
             if health.stop_signal:
@@ -3744,7 +3785,7 @@ def train(
     means, averaged = metrics.means()
     final = {f"Final {name}": f"{value:.6g}" for name, value in means.items()}
     final |= {"Final values": f"means of the last {averaged} steps"}
-    return final | (meter.describe() if meter is not None else {}), counts, timed_steps / seconds
+    return final | (meter.describe(args) if meter is not None else {}), counts, timed_steps / seconds
 
 
 def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> None:
@@ -3758,6 +3799,8 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False, keep_torch_compile=False)
         best, step = output_dir / "best", args.max_train_steps
+        if args.load_best_model_at_end and not best.exists():
+            logger.warning(f"{best} is not there: the last student is saved.")
         if args.load_best_model_at_end and best.exists():
             step = json.loads((best / "fidelity.json").read_text())["step"]
             kept = UNet2DConditionModel.from_pretrained(best, subfolder="unet", use_safetensors=True)
@@ -3874,7 +3917,9 @@ def main(args: Namespace) -> None:
         if args.evaluate:
             return evaluate(args, accelerator, components, state, measured, pool)
         run = make_run(args, accelerator, components, state, checkpoint, encodes)
-        meter = FidelityMeter(run, make_reference(run, measured, pool), bool(checkpoint)) if measured else None
+        meter = (
+            FidelityMeter(run, make_reference(run, measured, pool), bool(checkpoint)) if measured is not None else None
+        )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True  # not for latents, which are kept for good
 

@@ -80,7 +80,7 @@ def test_students_whose_measures_are_known(
         assert itself[name] == [0, 0, 0], name
     assert itself["PSNR"] == [100] * 3 and itself["SSIM"] == pytest.approx([1] * 3)
 
-    (file,) = tmp_path.glob("report-latents/*/teacher.npy")
+    (file,) = tmp_path.glob("report/fidelity-*/teacher.npy")
     places = np.load(file).astype(np.float64)  # (samples, places, 3, C, h, w)
     assert places.shape == (2, 20, 3, 4, 8, 8)
     caption, empty = places[:, :, 1], places[:, :, 2]
@@ -103,7 +103,7 @@ def test_students_whose_measures_are_known(
 def test_what_the_teacher_is_measured_on(tmp_path: Path, teacher: Path, shards: Path) -> None:
     """Posterior means with the noise of the middle of ten bins, then ten states of a sampled path."""
     train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=1)
-    (folder,) = (tmp_path / "out-latents").glob("fidelity-*")
+    (folder,) = (tmp_path / "out").glob("fidelity-*")
     samples, places = json.loads((folder / "samples.json").read_text()), np.load(folder / "teacher.npy")
     assert samples["timesteps"][:10] == list(range(50, 1000, 100))
     assert samples["timesteps"][10:] == sorted(samples["timesteps"][10:], reverse=True)
@@ -202,7 +202,7 @@ def test_a_broken_sample_is_left_out_of_what_is_measured(
     images = [(image if number % 2 else b"broken", text) for number, (image, text) in enumerate(toy_images(40))]
     shards = write_shards(tmp_path / "shards", images)
     train(teacher, shards, tmp_path / "out", **{**SETTINGS, "fidelity_samples": 4}, max_train_steps=1)
-    (folder,) = (tmp_path / "out-latents").glob("fidelity-*")
+    (folder,) = (tmp_path / "out").glob("fidelity-*")
     left = len(json.loads((folder / "samples.json").read_text())["captions"])
     assert 0 < left < 4 and f"{4 - left} of the 4 samples for fidelity have a broken image" in caplog.text
 
@@ -322,7 +322,35 @@ def test_a_checkpoint_from_before_goes_on_without(
     resumed = {"resume_from_checkpoint": "latest", "fidelity_samples": 16}
     train(teacher, shards, tmp_path / "old", **settings, **resumed, max_train_steps=3)
     assert "checkpoint-2 was made without, on all samples" in caplog.text
+    (tmp_path / "old" / "model_index.json").unlink()
+    train(teacher, shards, tmp_path / "old", **settings, **resumed, max_train_steps=4)  # and again
+    assert "checkpoint-3 was made without, on all samples" in caplog.text
+    train(teacher, shards, tmp_path / "whole", **settings, max_train_steps=4, resume_from_checkpoint="latest")
     assert_equal(*(unet_weights(tmp_path / name / "unet") for name in ("whole", "old")))
+
+
+def test_another_number_of_samples_is_another_run(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    train(teacher, shards, tmp_path / "out", **SETTINGS, max_train_steps=1, checkpointing_steps=1)
+    (tmp_path / "out" / "model_index.json").unlink()
+    more = {**SETTINGS, "fidelity_samples": 1, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(dt.UserError, match="fidelity_samples 2 -> 1"):
+        train(teacher, shards, tmp_path / "out", **more)
+
+
+def test_a_stream_is_measured_on_its_first_rows(tmp_path: Path, teacher: Path, shards: Path) -> None:
+    """Which are trained on too; whatever the number of processes that share it."""
+    import datasets
+
+    columns = {
+        "image": [{"bytes": image, "path": None} for image, _ in toy_images(8)],
+        "text": [text for _, text in toy_images(8)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "table" / "train.parquet")
+    settings = {**SETTINGS, "dataset_name": tmp_path / "table", "streaming": True, "fidelity_samples": 3}
+    train(teacher, None, tmp_path / "out", **settings, max_train_steps=1, cache_dir=tmp_path / "cache")
+    (folder,) = (tmp_path / "out").glob("fidelity-*")
+    assert json.loads((folder / "samples.json").read_text())["captions"] == columns["text"][:3]
 
 
 def test_captions_alone_are_measured_beside_those_that_are_trained_on(tmp_path: Path, teacher: Path) -> None:
@@ -400,7 +428,7 @@ def test_a_report_compares_students(tmp_path: Path, teacher: Path, monkeypatch: 
         (["--learning_rate", "1", "--use_ema"], "--learning_rate has no meaning with --evaluate."),
         (["--use_ema"], "--use_ema has no meaning with --evaluate."),
         (["--student_num_inference_steps", "0"], "--student_num_inference_steps must be at least 4, got 0."),
-        (["--output_dir", "{here}"], "--output_dir {here} is there already"),
+        (["--output_dir", "{here}"], "--output_dir {here} is there already: a report needs a new folder."),
         (["--fidelity_samples", "0"], "--evaluate needs --fidelity_samples."),
     ],
 )
@@ -415,6 +443,7 @@ def test_what_evaluate_takes(
         "--evaluate",
         str(teacher),
     ]
+    (tmp_path / "notes.txt").write_text("a user's")
     with pytest.raises(SystemExit, match="2"):
         dt.parse_args([*given, "--output_dir", str(tmp_path / "new"), *(word.format(here=tmp_path) for word in line)])
     assert sentence.format(here=tmp_path) in capsys.readouterr().err

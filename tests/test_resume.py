@@ -367,7 +367,6 @@ CHANGES: dict[str, Any] = {
     "seed": 12,
     "max_train_samples": 10,
     "gradient_accumulation_steps": 3,
-    "fidelity_samples": 2,
 }
 LISTED_AS = {"max_train_samples": "data", "gradient_accumulation_steps": "images per optimiser step"}
 # All else: what is only said, shown or kept, and how fast it goes.
@@ -397,7 +396,7 @@ NOT_COMPARED = {
     "allow_changed_settings", "push_to_hub", "hub_token", "hub_model_id", "use_8bit_adam", "distill_level",
     "use_ema", "foreach_ema", "cache_latents", "latents_cache_dir", "compile", "single_file_config", "export",
     "export_from", "caption_pool", "teacher_latents", "teacher_latents_steps", "teacher_latents_guidance_scale",
-    "teacher_latents_seed", "load_best_model_at_end", "evaluate", "student_num_inference_steps",
+    "teacher_latents_seed", "fidelity_samples", "load_best_model_at_end", "evaluate", "student_num_inference_steps",
     "student_guidance_scale", "clip_model_name_or_path",
 }  # fmt: skip
 

@@ -467,7 +467,7 @@ def test_the_vae_goes_to_the_host_and_back(teacher: Path) -> None:
     """With latents from shards it is on the device only while images are made."""
     run = new_run(teacher, Accelerator())
     assert run.vae.device.type == "cpu" and run.teacher_unet.device.type == run.text_encoder.device.type == "cuda"
-    with dt.no_training(run):
+    with dt.vae_at_hand(run):
         assert run.vae.device.type == "cuda"
     assert run.vae.device.type == "cpu"
     run.args.validation_prompts = ["a red circle"]
