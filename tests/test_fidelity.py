@@ -457,7 +457,7 @@ def test_a_bad_student_is_named_before_anything_is_measured(tmp_path: Path, teac
     (tmp_path / "empty").mkdir()
     for student, sentence in (
         (tmp_path / "empty", "--evaluate .*empty .unet. cannot be loaded"),
-        (wide, "--evaluate .*wide takes 4 channels and 24 numbers a token, its teacher 4 and 16"),
+        (wide, "--evaluate .*wide takes 4 channels and 24 numbers a token, its teacher takes 4 channels and 16"),
         ("no/such", "--evaluate no/such"),
     ):
         args = dt.parse_args([*map(str, [*line, "--evaluate", teacher, student, "--output_dir", tmp_path / "report"])])
