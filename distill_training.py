@@ -1087,14 +1087,13 @@ def make_train_dataset(args: Namespace, tokenizer: CLIPTokenizer, accelerator: A
         why = rows.describe_left_out() if isinstance(rows, data.Rows) else ""
         raise UserError(f"{args.train_data_dir or args.dataset_name} holds no image with a caption. {why}".strip())
     if args.max_train_samples is not None and args.max_train_samples < len(rows):
-        chosen, taken = (
-            random.Random(args.seed).sample(range(len(rows)), args.max_train_samples),
-            torch.zeros(len(rows)),
-        )
-        most, order, taken[chosen] = min(args.fidelity_samples, len(chosen) // 10), by_seed(args, len(rows)), 1
-        others = order[taken[order] == 0][:most].tolist()
-        if len(others) == most > 0:
-            prepare["left_over"] = rows_to_encode(copy.copy(rows).select(others), columns, args)
+        chosen = random.Random(args.seed).sample(range(len(rows)), args.max_train_samples)
+        if most := min(args.fidelity_samples, len(chosen) // 10):
+            is_left, order = torch.ones(len(rows), dtype=torch.bool), by_seed(args, len(rows))
+            is_left[chosen] = False
+            others = order[is_left[order]][:most].tolist()
+            if len(others) == most:
+                prepare["left_over"] = rows_to_encode(copy.copy(rows).select(others), columns, args)
         rows = rows.select(chosen)
     return DistillationDataset(rows, columns, args.seed, **prepare)
 
@@ -3799,9 +3798,10 @@ def finish_run(run: Distillation, repo_id: str, facts: Mapping[str, Any]) -> Non
     if accelerator.is_main_process:
         student = accelerator.unwrap_model(run.unet, keep_fp32_wrapper=False, keep_torch_compile=False)
         best, step = output_dir / "best", args.max_train_steps
-        if args.load_best_model_at_end and not best.exists():
+        loads_best = args.load_best_model_at_end and best.exists()
+        if args.load_best_model_at_end and not loads_best:
             logger.warning(f"{best} is not there: the last student is saved.")
-        if args.load_best_model_at_end and best.exists():
+        if loads_best:
             step = json.loads((best / "fidelity.json").read_text())["step"]
             kept = UNet2DConditionModel.from_pretrained(best, subfolder="unet", use_safetensors=True)
             student.load_state_dict(kept.state_dict())
@@ -3917,9 +3917,8 @@ def main(args: Namespace) -> None:
         if args.evaluate:
             return evaluate(args, accelerator, components, state, measured, pool)
         run = make_run(args, accelerator, components, state, checkpoint, encodes)
-        meter = (
-            FidelityMeter(run, make_reference(run, measured, pool), bool(checkpoint)) if measured is not None else None
-        )
+        resumed = checkpoint is not None
+        meter = FidelityMeter(run, make_reference(run, measured, pool), resumed) if measured is not None else None
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True  # not for latents, which are kept for good
 
@@ -3971,10 +3970,7 @@ def main(args: Namespace) -> None:
     done = {"Steps per second": per_second, "Peak memory": peak_memory(accelerator.device)}
     done |= {"Samples replaced": describe_counts(counts) + (f" (since step {first_step})" if checkpoint else "")}
     done |= {"Steps skipped": f"{state.skipped_steps}, and {state.scaler_skips} by the loss scaler"}
-    report(
-        "Training is done",
-        final | done | {"Output": f"{output_dir}, loaded back and equal to what was trained"},
-    )
+    report("Training is done", final | done | {"Output": f"{output_dir}, loaded back and equal to what was trained"})
     images_seen = (args.max_train_steps - first_step) * total_batch
     if counts[ENLARGED]:
         logger.warning(f"{counts[ENLARGED]} of {images_seen} images were smaller than --resolution and were enlarged.")

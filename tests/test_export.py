@@ -162,12 +162,12 @@ def test_old_libraries_load_the_result_and_its_exports(tmp_path: Path, shards: P
 # Exports.
 
 
-RESULTS = [*((level, "1") for level in dt.DISTILL_LEVELS), ("sd_tiny", "2")]
+RESULTS = [(level, family) for family in "12" for level in dt.DISTILL_LEVELS]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[tuple[str, str], Path]:
-    """Results, exported: of every level from a teacher like Stable Diffusion 1.x, and one from a teacher like 2.x."""
+    """A result of every level, exported, of a teacher like Stable Diffusion 1.x and of one like 2.x."""
     root = tmp_path_factory.mktemp("results")
     shutil.copytree(TINY_SD, root / "1")
     make_pipeline(
